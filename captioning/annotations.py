@@ -54,3 +54,26 @@ def load_annotations(path: Path) -> list[Annotation]:
 def dump_annotations(annotations: list[Annotation]) -> list[dict[str, object]]:
     """Plain values for `storage.write_json`."""
     return _LIST.dump_python(annotations, mode="json")
+
+
+class ImageRecord(BaseModel):
+    """An image without its captions: what stages that must not see the test split's captions read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    image_id: str
+    source: str
+    split: str
+    shard: str
+    key: str
+
+
+_IMAGES = TypeAdapter(list[ImageRecord])
+
+
+def load_images(path: Path) -> list[ImageRecord]:
+    """Reads data/prepared/images.json. Raises CapstanError where it is damaged."""
+    try:
+        return _IMAGES.validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise CapstanError(f"{path} is damaged: {error.errors()[0]['msg']}. Run `dvc repro prepare`.") from None

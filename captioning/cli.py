@@ -1,0 +1,144 @@
+"""The user's commands: caption images with a trained model, apply a recipe, clean up after dropped captioners.
+
+python -m captioning caption data/models/efficientnet_lite0-lstm photo.jpg
+python -m captioning recipe recipes/flickr8k.yaml
+python -m captioning clean
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from captioning import paths, stage
+
+
+def caption_images(model: Path, images: list[Path], num_beams: int, max_length: int) -> list[str]:
+    """Captions image files with nothing but a model directory.
+
+    Raises:
+        CapstanError: no model directory, or a file that is no image; names it.
+    """
+    import numpy as np
+    import torch
+
+    from captioning.beam_search import beam_search
+    from captioning.models import load_captioner
+    from captioning.images import decode_image
+
+    captioner = load_captioner(model, with_encoder=True)
+    assert captioner.encoder is not None
+    pixels = [captioner.encoder.transform.resize(decode_image(_read(path))) for path in images]
+    with torch.inference_mode():
+        features = captioner.encoder(torch.from_numpy(np.stack(pixels)))
+        # Training saw features after float16 storage; so does this.
+        found = beam_search(captioner.decoder, features.half().float(), num_beams, max_length, no_repeat_trigram=True)
+    return [captioner.vocabulary.decode(hypothesis.token_ids) for hypothesis in found]
+
+
+def _read(path: Path) -> bytes:
+    from captioning.errors import CapstanError
+
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CapstanError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def merge(base: Any, overlay: Any) -> None:
+    """Writes the overlay's values into the base in place: mappings merge, anything else replaces."""
+    for key, value in overlay.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def apply_recipe(recipe: Path, params: Path) -> None:
+    """Merges a recipe into params.yaml, comments kept; nothing is written unless the result is valid.
+
+    Raises:
+        CapstanError: the recipe does not exist, or holds keys that params.yaml does not know.
+    """
+    import io
+
+    from ruamel.yaml import YAML
+
+    from captioning.errors import CapstanError
+    from captioning.params import parse_params
+    from captioning.storage import atomic_write
+
+    if not recipe.is_file():
+        known = ", ".join(str(path) for path in sorted(recipe.parent.glob("*.yaml"))) or "none here"
+        raise CapstanError(f"{recipe} is missing; recipes: {known}")
+    yaml = YAML()
+    yaml.width = 150
+    tree = yaml.load(params)
+    merge(tree, YAML(typ="safe", pure=True).load(recipe))
+    buffer = io.StringIO()
+    yaml.dump(tree, buffer)
+    parse_params(YAML(typ="safe", pure=True).load(buffer.getvalue()), f"{params} with {recipe}")
+    with atomic_write(params) as temporary:
+        temporary.write_text(buffer.getvalue(), "utf-8")
+
+
+def stale_results(captioners: list[str], encoders: list[str]) -> list[Path]:
+    """Results in the tree of captioners and encoders that params.yaml no longer lists."""
+    keep = set(captioners)
+    found = [p for p in paths.FEATURES.glob("*") if p.is_dir() and p.name not in encoders]
+    for folder in (paths.MODELS, paths.CAPTIONS, paths.SCORES, paths.IMAGE_SCORES, paths.TRAINING):
+        found += [p for p in folder.glob("*") if p.name != ".gitignore" and p.name.split(".")[0] not in keep]
+    return sorted(found)
+
+
+def clean(force: bool) -> None:
+    """Names stale results; deletes them only with `force`."""
+    import shutil
+
+    from captioning.params import load_params
+
+    params = load_params()
+    stale = stale_results(params.captioners(), params.encoders)
+    for path in stale:
+        print(f"{'deleted' if force else 'stale'}: {path}")
+        if force:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not stale:
+        print("nothing is stale: every result belongs to a captioner in params.yaml")
+    elif not force:
+        print("delete them with `make clean FORCE=1`; DVC's cache keeps what it has until `dvc gc`")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m captioning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    caption = commands.add_parser("caption", help="caption image files with a model directory")
+    caption.add_argument("model", type=Path, help="a directory below data/models")
+    caption.add_argument("images", type=Path, nargs="+")
+    caption.add_argument("--num-beams", type=int, default=5)
+    caption.add_argument("--max-length", type=int, default=30)
+    recipe = commands.add_parser("recipe", help="merge a recipe into params.yaml")
+    recipe.add_argument("recipe", type=Path, help="such as recipes/flickr8k.yaml")
+    cleaner = commands.add_parser("clean", help="name results that no longer belong to params.yaml")
+    cleaner.add_argument("--force", action="store_true", help="delete them")
+    return parser
+
+
+def main() -> None:
+    stage.run_command(_main)
+
+
+def _main() -> None:
+    args = build_parser().parse_args()
+    if args.command == "caption":
+        captions = caption_images(args.model, args.images, args.num_beams, args.max_length)
+        for path, caption in zip(args.images, captions, strict=True):
+            print(f"{path}\t{caption}")
+    elif args.command == "recipe":
+        apply_recipe(args.recipe, paths.PARAMS)
+        print(f"{paths.PARAMS} now follows {args.recipe}; see `git diff {paths.PARAMS}`, then run `dvc repro`")
+    else:
+        clean(args.force)

@@ -1,0 +1,138 @@
+"""What training and search read: mapped features, and batches of images with all their captions.
+
+The order of samples is a pure function of (seed, epoch), so a run can be repeated and resumed exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captioning.annotations import Annotation
+from captioning.errors import CapstanError
+from captioning.feature_files import FeatureFile, open_features
+from captioning.vocabulary import Vocabulary
+
+
+class FeatureStore:
+    """Features of many images, mapped from an encoder's folder of feature files and never read whole."""
+
+    def __init__(self, folder: Path, images: Sequence[Any]) -> None:
+        """`images` have `image_id`, `shard` and `key`; their rows are found once, here.
+
+        Raises:
+            CapstanError: a file is missing or damaged, or an image has no features.
+        """
+        self._files: dict[str, FeatureFile] = {}
+        rows: dict[str, dict[str, int]] = {}
+        for shard in sorted({image.shard for image in images}):
+            path = folder / f"{shard}.h5"
+            if not path.exists():
+                raise CapstanError(f"{path} is missing: run `dvc repro features` (or `dvc pull {folder}`)")
+            self._files[shard] = open_features(path)
+            rows[shard] = {key: row for row, key in enumerate(self._files[shard].keys)}
+        absent = [image.image_id for image in images if image.key not in rows[image.shard]]
+        if absent:
+            raise CapstanError(f"{folder} has no features for {len(absent)} images ({absent[0]}, …): run `dvc repro`")
+        self._places = [(image.shard, rows[image.shard][image.key]) for image in images]
+        self.encoder = next(iter(self._files.values())).encoder
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def gather(self, indices: Sequence[int]) -> Tensor:
+        """Rows of the images at these positions: (batch, num_regions, encoder_dim) float32."""
+        rows = [self._files[shard].features[row] for shard, row in (self._places[i] for i in indices)]
+        return torch.from_numpy(np.stack(rows)).float()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their captions, arranged so that finished captions can leave a decoder's step.
+
+    Images are sorted by their longest caption, captions of an image by length, both falling: at step t the captions
+    that still run lie within the first `extents[t][0]` images and the first `extents[t][1]` captions of each.
+    """
+
+    features: Tensor  # (images, num_regions, encoder_dim) float32
+    inputs: Tensor  # (images, captions, steps) int64: bos and the words, then pad
+    targets: Tensor  # (images, captions, steps) int64: the words and eos, then pad
+    extents: list[tuple[int, int]]  # for each step
+    kept: Tensor  # (num_tokens,) int64: places of real tokens in the steps' extents laid end to end
+    packed_targets: Tensor  # (num_tokens,) int64, in the order of `kept`
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed_targets.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device; `extents` stay plain numbers, so no step waits for the GPU."""
+        if device.type == "cpu":
+            return self
+        names = ("features", "inputs", "targets", "kept", "packed_targets")
+        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
+        return Batch(extents=self.extents, **moved)
+
+
+def collate(features: Tensor, captions: Sequence[Sequence[Sequence[int]]], vocabulary: type[Vocabulary]) -> Batch:
+    """Builds a batch from features (images, num_regions, encoder_dim) and each image's captions as word ids."""
+    ranked = [sorted(group, key=len, reverse=True) for group in captions]  # stable: equal lengths keep their order
+    order = sorted(range(len(ranked)), key=lambda i: -len(ranked[i][0]))
+    ranked = [ranked[i] for i in order]
+    num_steps, width = len(ranked[0][0]) + 1, max(len(group) for group in ranked)
+    inputs = torch.full((len(ranked), width, num_steps), vocabulary.pad_id)
+    targets = inputs.clone()
+    for i, group in enumerate(ranked):
+        for c, words in enumerate(group):
+            inputs[i, c, : len(words) + 1] = torch.tensor([vocabulary.bos_id, *words])
+            targets[i, c, : len(words) + 1] = torch.tensor([*words, vocabulary.eos_id])
+    running = targets != vocabulary.pad_id  # (images, captions, steps)
+    extents, kept, packed, start = [], [], [], 0
+    for step in range(num_steps):
+        rows, columns = int(running[:, 0, step].sum()), int(running[..., step].any(0).sum())
+        extent = running[:rows, :columns, step].reshape(-1)
+        kept.append(extent.nonzero().squeeze(1) + start)
+        packed.append(targets[:rows, :columns, step].reshape(-1)[extent])
+        extents.append((rows, columns))
+        start += rows * columns
+    return Batch(features[order], inputs, targets, extents, torch.cat(kept), torch.cat(packed))
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of samples in an epoch: a permutation that depends on nothing but these numbers."""
+    return np.random.default_rng([seed, epoch]).permutation(num_samples).tolist()
+
+
+class CaptionBatches:
+    """Batches of a split for teacher forcing. One thread gathers the next batch while the current one is used."""
+
+    def __init__(self, store: FeatureStore, annotations: list[Annotation], vocabulary: Vocabulary, size: int) -> None:
+        """`store` holds the annotations' images in the same order. Captions are cut to `vocabulary.max_length`."""
+        self.store, self.size, self.vocabulary = store, size, vocabulary
+        limit = vocabulary.max_length
+        self.captions = [[vocabulary.encode(caption)[:limit] for caption in a.captions] for a in annotations]
+
+    def __len__(self) -> int:
+        return -(-len(self.captions) // self.size)
+
+    def _load(self, indices: list[int]) -> Batch:
+        return collate(self.store.gather(indices), [self.captions[i] for i in indices], type(self.vocabulary))
+
+    def epoch(self, order: Sequence[int] | None = None, first_batch: int = 0) -> Iterator[Batch]:
+        """Yields the batches of an epoch in `order` (the annotations' own order if None), from `first_batch` on."""
+        order = range(len(self.captions)) if order is None else order
+        parts = [list(order[i : i + self.size]) for i in range(first_batch * self.size, len(order), self.size)]
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self._load, parts[0]) if parts else None
+            for following in [*parts[1:], None]:
+                assert waiting is not None
+                batch = waiting.result()
+                waiting = pool.submit(self._load, following) if following else None
+                yield batch

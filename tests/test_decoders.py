@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ALL_DECODERS, random_captions, small_decoder
+from torch.nn import functional
+
+from captioning.attention import build_attention
+from captioning.datasets import collate
+from captioning.decoders import DecoderConfig, build_decoder
+from captioning.errors import CapstanError
+from captioning.vocabulary import Vocabulary
+
+
+def stepwise_logits(decoder, features, words: list[int]) -> torch.Tensor:
+    """One image, one caption, word by word: (num_tokens, vocabulary_size)."""
+    memory, state = decoder.remember(features)
+    logits = []
+    for word in [Vocabulary.bos_id, *words]:
+        step = decoder.step(memory, state, torch.tensor([[word]]))
+        logits.append(step.logits[0, 0])
+        state = step.state
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize(("kind", "attention"), ALL_DECODERS)
+@pytest.mark.parametrize("region_dim", [8, None])
+def test_whole_captions_equal_word_by_word(kind, attention, region_dim, features) -> None:
+    if attention == "luong_dot" and region_dim is None:
+        pytest.skip("needs equal dimensions")
+    decoder = small_decoder(kind, attention, region_dim=region_dim)
+    captions = random_captions(len(features), 9)
+    batch = collate(features, captions, Vocabulary)
+    loss = functional.cross_entropy(decoder(batch), batch.packed_targets, reduction="sum")
+    expected = 0.0
+    for image, group in zip(features, captions, strict=True):
+        for words in group:
+            targets = torch.tensor([*words, Vocabulary.eos_id])
+            logits = stepwise_logits(decoder, image[None], words)
+            expected += functional.cross_entropy(logits, targets, reduction="sum").item()
+    assert batch.num_tokens == sum(len(words) + 1 for group in captions for words in group)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("kind", "attention"), ALL_DECODERS)
+def test_gradients_reach_every_parameter(kind, attention, features) -> None:
+    decoder = small_decoder(kind, attention)
+    batch = collate(features, random_captions(len(features), 9), Vocabulary)
+    functional.cross_entropy(decoder(batch), batch.packed_targets).backward()
+    still = [n for n, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not still
+
+
+def test_attend_first_lstm_is_torchs_lstm_cell(features) -> None:
+    decoder = small_decoder("lstm", "bahdanau")
+    cell = torch.nn.LSTMCell(5 + 8, 8).double()
+    hidden_dim = 8
+    order = [0, 1, 3, 2]  # ours: write, keep, show, new; torch's: input, forget, cell, output
+    with torch.no_grad():
+        weight = torch.cat([decoder.word_gates.weight, decoder.context_gates.weight], 1)
+        for ours, target in (
+            (weight, cell.weight_ih),
+            (decoder.hidden_gates.weight, cell.weight_hh),
+            (decoder.word_gates.bias, cell.bias_ih),
+            (decoder.hidden_gates.bias, cell.bias_hh),
+        ):
+            target.copy_(torch.cat([ours.split(hidden_dim)[i] for i in order]))
+    memory, state = decoder.remember(features)
+    words = torch.randint(4, 9, (len(features), 1))
+    context, _ = decoder.attention(state[0], memory.keys, memory.regions)
+    gated = context * decoder.context_gate(state[0]).sigmoid()
+    inputs = torch.cat([decoder.embed(words), gated], -1)[:, 0]
+    hidden, memory_cell = cell(inputs, (state[0][:, 0], state[1][:, 0]))
+    after = decoder.step(memory, state, words).state
+    torch.testing.assert_close(after[0][:, 0], hidden)
+    torch.testing.assert_close(after[1][:, 0], memory_cell)
+
+
+@pytest.mark.parametrize(("kind", "attention"), ALL_DECODERS)
+def test_attention_weights_are_a_distribution(kind, attention, features) -> None:
+    decoder = small_decoder(kind, attention)
+    memory, state = decoder.remember(features)
+    weights = decoder.step(memory, state, torch.full((5, 1), 4)).attention_weights
+    assert weights.shape == (5, 1, 4)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(5, 1, dtype=torch.float64))
+
+
+def test_concat_is_the_formula() -> None:
+    attention = build_attention("luong_concat", 3, 4, 5).double()
+    queries, regions = torch.randn(2, 2, 3).double(), torch.randn(2, 6, 4).double()
+    scores = attention.scores(queries, attention.keys(regions))
+    summed = attention.query(queries[1, 0]) + attention.key(regions[1, 5])
+    torch.testing.assert_close(scores[1, 0, 5], attention.score(summed.tanh())[0])
+
+
+def test_wrong_settings_name_the_choices() -> None:
+    with pytest.raises(CapstanError, match=r"unknown decoder type 'lstn'. Did you mean 'lstm'\? Choices: gru, lstm"):
+        build_decoder(DecoderConfig("lstn", "bahdanau", 9, 6, 5, 8, 7, 8, 0.0))
+    with pytest.raises(CapstanError, match="unknown attention"):
+        build_attention("luong", 3, 4, 5)
+    with pytest.raises(CapstanError, match="luong_dot needs hidden_dim"):
+        build_attention("luong_dot", 3, 4, 5)
