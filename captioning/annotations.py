@@ -1,4 +1,4 @@
-"""The annotation: one image of one split with its captions, and the boxes of what the captions name where they are known."""
+"""The annotation: one image of one split with its captions, and the boxes of what they name where they are known."""
 
 from __future__ import annotations
 

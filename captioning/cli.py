@@ -25,11 +25,10 @@ def caption_images(model: Path, images: list[Path], num_beams: int, max_length: 
 
     from captioning.beam_search import beam_search
     from captioning.models import load_captioner
-    from captioning.images import decode_image
 
     captioner = load_captioner(model, with_encoder=True)
     assert captioner.encoder is not None
-    pixels = [captioner.encoder.transform.resize(decode_image(_read(path))) for path in images]
+    pixels = [captioner.encoder.transform.resize(_decode(path)) for path in images]
     with torch.inference_mode():
         features = captioner.encoder(torch.from_numpy(np.stack(pixels)))
         # Training saw features after float16 storage; so does this.
@@ -37,13 +36,16 @@ def caption_images(model: Path, images: list[Path], num_beams: int, max_length: 
     return [captioner.vocabulary.decode(hypothesis.token_ids) for hypothesis in found]
 
 
-def _read(path: Path) -> bytes:
+def _decode(path: Path) -> Any:
     from captioning.errors import CapstanError
+    from captioning.images import decode_image
 
     try:
-        return path.read_bytes()
+        return decode_image(path.read_bytes())
     except OSError as error:
         raise CapstanError(f"{path} cannot be read: {error.strerror}") from error
+    except CapstanError as error:
+        raise CapstanError(f"{path}: {error}") from error
 
 
 def merge(base: Any, overlay: Any) -> None:

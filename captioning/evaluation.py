@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch.nn import functional
 
-from captioning.beam_search import Hypothesis, beam_search
 from captioning.datasets import CaptionBatches, FeatureStore
 from captioning.decoders import Decoder
+from captioning.generation import search_store
 from captioning.metrics.cider import CiderD
 from captioning.metrics.tokenizer import simple_tokenize
-from captioning.progress import Progress
 from captioning.vocabulary import Vocabulary
 
 
@@ -27,27 +24,6 @@ def evaluate_loss(decoder: Decoder, batches: CaptionBatches, device: torch.devic
         total += functional.cross_entropy(logits, batch.packed_targets, reduction="sum").item()
         num_tokens += batch.num_tokens
     return total / num_tokens
-
-
-def search_store(
-    decoder: Decoder,
-    store: FeatureStore,
-    device: torch.device,
-    batch_size: int,
-    num_beams: int,
-    max_length: int,
-    length_penalty: float = 1.0,
-    no_repeat_trigram: bool = False,
-    progress: Progress | None = None,
-) -> Iterable[Hypothesis]:
-    """Beam search over all images of a store, batch by batch, in the store's order."""
-    decoder.eval()
-    for start in range(0, len(store), batch_size):
-        indices = range(start, min(start + batch_size, len(store)))
-        features = store.gather(indices).to(device)
-        yield from beam_search(decoder, features, num_beams, max_length, length_penalty, no_repeat_trigram)
-        if progress:
-            progress.update(len(indices))
 
 
 class GreedyCider:

@@ -16,8 +16,8 @@ from captioning import storage
 from captioning.encoders import Encoder, Transform
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
-from captioning.progress import Progress
 from captioning.images import decode_image
+from captioning.progress import Progress
 from captioning.shards import iterate_shard
 
 

@@ -24,7 +24,7 @@ def generate(
     from captioning.annotations import load_images
     from captioning.attention_maps import write_attention_maps
     from captioning.datasets import FeatureStore
-    from captioning.evaluation import search_store
+    from captioning.generation import search_store
     from captioning.models import load_captioner
     from captioning.progress import Progress
 

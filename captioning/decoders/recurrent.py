@@ -52,7 +52,7 @@ class RecurrentDecoder(Decoder):
 
 
 class AttendFirst(RecurrentDecoder):
-    """h_t = cell([word; gated context of h_{t-1}], h_{t-1}); the gate on the context is Xu et al. 2015, section 4.2.1."""
+    """h_t = cell([word; gated context of h_{t-1}], h_{t-1}); the gate is that of Xu et al. 2015, section 4.2.1."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)

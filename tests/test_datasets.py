@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioning.annotations import Annotation
+from captioning.datasets import CaptionBatches, FeatureStore, collate, epoch_order
+from captioning.errors import CapstanError
+from captioning.feature_files import open_features, write_features
+from captioning.vocabulary import Vocabulary
+from tests.conftest import random_captions
+
+ENCODER = {"name": "test", "grid": [2, 2]}
+
+
+def write_shard(folder, shard: str, num_images: int, first: int = 0) -> np.ndarray:
+    values = np.random.default_rng(first).normal(size=(num_images, 4, 6)).astype(np.float16)
+    keys = [f"{first + i:08d}" for i in range(num_images)]
+    write_features(folder / f"{shard}.h5", keys, values, ENCODER, "digest")
+    return values
+
+
+def annotation(index: int, shard: str, split: str = "train") -> Annotation:
+    return Annotation(
+        image_id=f"s/{index}", source="s", split=split, shard=shard, key=f"{index:08d}", captions=["a b", "a c b c"]
+    )
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=30, deadline=None)
+def test_collate_keeps_every_token_once(seed: int) -> None:
+    captions = random_captions(6, 12, seed)
+    features = torch.arange(6.0)[:, None, None].expand(6, 1, 1)
+    batch = collate(features, captions, Vocabulary)
+    expected = sorted(tuple(words) for group in captions for words in group)
+    rows = batch.targets.flatten(0, 1)
+    found = sorted(tuple(r[r > Vocabulary.eos_id].tolist()) for r in rows if (r != Vocabulary.pad_id).any())
+    assert found == expected
+    assert batch.num_tokens == sum(len(words) + 1 for words in expected)
+    ordered = [sorted(map(len, captions[int(i)]), reverse=True) for i in batch.features[:, 0, 0]]
+    assert [lengths[0] for lengths in ordered] == sorted((lengths[0] for lengths in ordered), reverse=True)
+    places = torch.cat([batch.targets[:r, :c, t].reshape(-1) for t, (r, c) in enumerate(batch.extents)])
+    assert torch.equal(places[batch.kept], batch.packed_targets)
+    outside = batch.targets.clone()
+    for step, (rows_, columns) in enumerate(batch.extents):
+        outside[:rows_, :columns, step] = Vocabulary.pad_id
+    assert (outside == Vocabulary.pad_id).all()
+
+
+def test_the_order_is_a_function_of_seed_and_epoch() -> None:
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    orders = [tuple(epoch_order(50, seed, epoch)) for seed in (1, 2) for epoch in (0, 1)]
+    assert len(set(orders)) == 4 and all(sorted(order) == list(range(50)) for order in orders)
+    assert orders[1] == tuple(epoch_order(50, 1, 1))
+    assert torch.equal(state[0], torch.get_rng_state()) and (state[1] == np.random.get_state()[1]).all()
+
+
+def test_store_gathers_across_shards(tmp_path) -> None:
+    first, second = write_shard(tmp_path, "00000", 3), write_shard(tmp_path, "00001", 2, first=10)
+    images = [annotation(11, "00001"), annotation(0, "00000"), annotation(2, "00000")]
+    store = FeatureStore(tmp_path, images)
+    expected = np.stack([second[1], first[0], first[2]]).astype(np.float32)
+    assert np.array_equal(store.gather([0, 1, 2]).numpy(), expected)
+    assert store.encoder == ENCODER
+
+
+def test_epochs_can_start_in_the_middle(tmp_path) -> None:
+    write_shard(tmp_path, "00000", 7)
+    images = [annotation(i, "00000") for i in range(7)]
+    vocabulary = Vocabulary.build(["a b c"], 1, 3)
+    batches = CaptionBatches(FeatureStore(tmp_path, images), images, vocabulary, 2)
+    order = epoch_order(7, 0, 0)
+    whole = [batch.features for batch in batches.epoch(order)]
+    assert len(whole) == len(batches) == 4
+    rest = [batch.features for batch in batches.epoch(order, first_batch=2)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert max(len(words) for group in batches.captions for words in group) == 3  # cut to max_length
+
+
+def test_missing_features_are_named(tmp_path) -> None:
+    with pytest.raises(CapstanError, match=r"00000.h5 is missing: run `dvc repro features`"):
+        FeatureStore(tmp_path, [annotation(0, "00000")])
+    write_shard(tmp_path, "00000", 1)
+    with pytest.raises(CapstanError, match=r"no features for 1 images \(s/5"):
+        FeatureStore(tmp_path, [annotation(5, "00000")])
+
+
+def test_every_flipped_byte_of_features_is_found(tmp_path) -> None:
+    path = tmp_path / "00000.h5"
+    write_shard(tmp_path, "00000", 3)
+    with h5py.File(path) as file:
+        start, length = file["features"].id.get_offset(), file["features"].nbytes
+    good = path.read_bytes()
+    for place in range(start, start + length, 7):
+        damaged = bytearray(good)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(CapstanError, match="damaged"):
+            open_features(path, verify=True)
+    path.write_bytes(good)
+    assert open_features(path, verify=True).keys == ["00000000", "00000001", "00000002"]
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -1])
+def test_truncated_features_are_refused(tmp_path, length) -> None:
+    path = tmp_path / "00000.h5"
+    write_shard(tmp_path, "00000", 3)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(CapstanError, match="damaged"):
+        open_features(path, verify=True)
+
+
+def test_feature_files_are_the_same_bytes_each_time(tmp_path) -> None:
+    write_shard(tmp_path, "a", 3)
+    write_shard(tmp_path, "b", 3)
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()

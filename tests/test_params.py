@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from captioning.errors import CapstanError
+from captioning.params import Section, load_params, parse_params
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def tree() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_projects_own_params_are_valid() -> None:
+    params = load_params(ROOT / "params.yaml")
+    assert params.captioners() == ["efficientnet_lite0-lstm", "efficientnet_lite0-gru", "blip"]
+
+
+def test_no_field_has_a_default() -> None:
+    """Else a result would depend on a value that DVC does not see."""
+
+    def sections(kind: type[Section]) -> list[type[Section]]:
+        return [kind, *(below for child in kind.__subclasses__() for below in sections(child))]
+
+    defaults = [
+        f"{s.__name__}.{n}" for s in sections(Section) for n, f in s.model_fields.items() if not f.is_required()
+    ]
+    assert defaults == []
+
+
+def test_unknown_keys_are_named_with_their_path(tree) -> None:
+    tree["train"]["clip_nrm"] = 1
+    tree["source_settings"]["flickr8k"]["images"]["ur"] = 1
+    tree["encoder"] = []
+    with pytest.raises(CapstanError) as caught:
+        parse_params(tree)
+    message = str(caught.value)
+    assert "train.clip_nrm: unknown key (did you mean clip_norm?)" in message
+    assert "source_settings.flickr8k.images.ur: unknown key (did you mean url?)" in message
+    assert "encoder: unknown key (did you mean encoders?)" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("train.num_epochs", "many", "train.num_epochs: Input should be a valid integer"),
+        ("train.num_epochs", 0, "train.num_epochs: Input should be greater than 0"),
+        ("train.clip_norm", float("nan"), "train.clip_norm"),
+        ("decoder_settings.lstm.dropout", 1.5, "decoder_settings.lstm.dropout: Input should be less than 1"),
+        ("decoder_settings.lstm.attention", "luong", "decoder_settings.lstm.attention: Input should be 'bahdanau'"),
+        ("decoders", ["lstm", "transformer"], "'transformer' has no decoder_settings.transformer"),
+        ("decoders", ["lstm", "lstm"], "stands twice"),
+        ("encoders", ["../x"], "letters, digits and underscores"),
+        ("data.sources", ["flickr9k"], "unknown source 'flickr9k'. Did you mean 'flickr8k'?"),
+        ("blip", None, "blip"),
+    ],
+)
+def test_wrong_values_are_refused_by_path(tree, path, value, message) -> None:
+    *sections, key = path.split(".")
+    place = tree
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    with pytest.raises(CapstanError) as caught:
+        parse_params(tree)
+    assert message in str(caught.value)
+
+
+def test_missing_keys_are_named(tree) -> None:
+    del tree["generate"]["num_beams"]
+    with pytest.raises(CapstanError, match=r"generate.num_beams: missing; every key must stand in params.yaml"):
+        parse_params(tree)
+
+
+@pytest.mark.parametrize("text", ["5e-4", "5e-04", "5.0e-4", "0.0005", "'5e-04'"])
+def test_scientific_numbers_as_dvc_writes_them(tmp_path, text) -> None:
+    whole = (ROOT / "params.yaml").read_text().replace("learning_rate: 0.001", f"learning_rate: {text}")
+    params = load_params(write(tmp_path / "params.yaml", whole))
+    assert params.decoder_settings["lstm"].learning_rate == 0.0005
+
+
+def test_bad_files_are_explained(tmp_path) -> None:
+    with pytest.raises(CapstanError, match="is missing"):
+        load_params(tmp_path / "params.yaml")
+    with pytest.raises(CapstanError, match="not valid YAML"):
+        load_params(write(tmp_path / "params.yaml", "a: [1"))
+    with pytest.raises(CapstanError, match="params"):
+        load_params(write(tmp_path / "params.yaml", "just words"))
+    with pytest.raises(CapstanError, match="not valid YAML"):
+        load_params(write(tmp_path / "params.yaml", "a: !!python/object/apply:os.system ['true']"))
