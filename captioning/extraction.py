@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from captioning.encoders import Encoder, Transform
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.images import decode_image
+from captioning.precision import autocast, choose_precision
 from captioning.progress import Progress
 from captioning.shards import iterate_shard
 
@@ -52,19 +52,6 @@ class ShardImages(IterableDataset):
     def _decode(self, index: int, batch: list[tuple[str, bytes]]) -> tuple[int, list[str], np.ndarray]:
         images = [self.transform.resize(decode_image(image)) for _, image in batch]
         return index, [key for key, _ in batch], np.stack(images)
-
-
-def choose_precision(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU that has it, fp16 on an older one, fp32 on CPU."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def _identity(item: Any) -> Any:

@@ -186,7 +186,7 @@ class TrainParams(Section):
     label_smoothing: Fraction
     clip_norm: Rate
     log_every_steps: Positive
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["fp32", "bf16", "auto"]
     seed: int
     deterministic: bool
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from captioning.decoders import Decoder
 from captioning.errors import CapstanError
 from captioning.evaluation import GreedyCider, evaluate_loss
 from captioning.params import TrainParams
+from captioning.precision import autocast, choose_precision
 from captioning.progress import Progress
 from captioning.schedules import cosine_with_warmup
 
@@ -70,6 +70,7 @@ class Trainer:
         log: Log,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
         self.settings, self.learning_rate, self.log = settings, learning_rate, log
@@ -106,8 +107,7 @@ class Trainer:
         factor = cosine_with_warmup(self.step, settings.warmup_steps, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
-        precision = torch.autocast(self.device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
-        with precision:
+        with autocast(self.device, self.dtype):
             logits = self.decoder(batch)
         loss = functional.cross_entropy(
             logits.float(), batch.packed_targets, label_smoothing=settings.label_smoothing

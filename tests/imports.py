@@ -8,9 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-PLUMBING = {
-    f"captioning/{name}.py" for name in ("__init__", "errors", "params", "paths", "progress", "stage")
-}
+PLUMBING = {f"captioning/{name}.py" for name in ("__init__", "errors", "params", "paths", "progress", "stage")}
 """Modules that cannot change a result: DVC compares the values of params.yaml themselves (no field has a default, which
 a test holds), and the rest says where files lie and how things look on a terminal."""
 

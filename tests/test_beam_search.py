@@ -10,7 +10,7 @@ import torch
 from captioning.beam_search import beam_search
 from captioning.decoders import Decoder
 from captioning.vocabulary import Vocabulary
-from tests.conftest import ALL_DECODERS, small_decoder
+from conftest import ALL_DECODERS, small_decoder
 
 EOS = Vocabulary.eos_id
 

@@ -12,7 +12,7 @@ from captioning.datasets import CaptionBatches, FeatureStore, collate, epoch_ord
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.vocabulary import Vocabulary
-from tests.conftest import random_captions
+from conftest import random_captions
 
 ENCODER = {"name": "test", "grid": [2, 2]}
 

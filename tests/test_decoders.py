@@ -9,7 +9,7 @@ from captioning.datasets import collate
 from captioning.decoders import DecoderConfig, build_decoder
 from captioning.errors import CapstanError
 from captioning.vocabulary import Vocabulary
-from tests.conftest import ALL_DECODERS, random_captions, small_decoder
+from conftest import ALL_DECODERS, random_captions, small_decoder
 
 
 def stepwise_logits(decoder, features, words: list[int]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from captioning.evaluation import GreedyCider, evaluate_loss
 from captioning.params import TrainParams
 from captioning.schedules import cosine_with_warmup
 from captioning.vocabulary import Vocabulary
-from tests.test_datasets import annotation, write_shard
+from test_datasets import annotation, write_shard
 
 WORDS = "red blue green circle square".split()
 
