@@ -7,6 +7,7 @@ Every attention has `keys(regions)`, computed once an image and shared by all it
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,32 @@ class Attention(nn.Module):
         return attention_weights @ regions, attention_weights
 
 
+class _AdditiveScores(torch.autograd.Function):
+    """v · tanh(q + k) for every query and key, with a backward pass that reads the tanh three times and writes none.
+
+    Autograd's own would lay out the gradient of the sums, (images, captions, num_regions, attention_dim), three times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, vector: Tensor) -> Tensor:
+        """(images, captions, dim), (images, num_regions, dim), (dim,) → (images, captions, num_regions)."""
+        tanh = (queries[:, :, None] + keys[:, None]).tanh_()  # (images, captions, num_regions, dim)
+        ctx.save_for_backward(tanh, vector)
+        return tanh @ vector
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tanh, vector = ctx.saved_tensors
+        dim = tanh.shape[-1]
+        for_vector = gradient.reshape(1, -1) @ tanh.reshape(-1, dim)
+        slope = torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)  # 1 - tanh²
+        for_queries = (gradient[:, :, None] @ slope).squeeze(2) * vector
+        for_keys = slope[:, 0] * gradient[:, 0, :, None]
+        for caption in range(1, slope.shape[1]):
+            for_keys.addcmul_(slope[:, caption], gradient[:, caption, :, None])
+        return for_queries, for_keys * vector, for_vector.squeeze(0)
+
+
 class AdditiveAttention(Attention):
     """v · tanh(W_q q + W_k k): Bahdanau et al. 2015, appendix A.1.2; Luong et al. 2015, section 3.1, "concat"."""
 
@@ -53,8 +80,8 @@ class AdditiveAttention(Attention):
         return self.key(regions)
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        sums = self.query(queries)[:, :, None] + keys[:, None]  # (images, captions, num_regions, attention_dim)
-        return self.score(sums.tanh()).squeeze(-1)
+        projected = self.query(queries)
+        return _AdditiveScores.apply(projected, keys, self.score.weight[0].to(projected.dtype))
 
 
 class GeneralAttention(Attention):

@@ -66,7 +66,8 @@ class Batch:
     targets: Tensor  # (images, captions, steps) int64: the words and eos, then pad
     extents: list[tuple[int, int]]  # for each step
     kept: Tensor  # (num_tokens,) int64: places of real tokens in the steps' extents laid end to end
-    packed_targets: Tensor  # (num_tokens,) int64, in the order of `kept`
+    places: Tensor  # (num_tokens,) int64: the same tokens' places in `targets`, flattened
+    packed_targets: Tensor  # (num_tokens,) int64, in the order of `kept` and `places`
 
     @property
     def num_tokens(self) -> int:
@@ -76,7 +77,7 @@ class Batch:
         """The same batch on a device; `extents` stay plain numbers, so no step waits for the GPU."""
         if device.type == "cpu":
             return self
-        names = ("features", "inputs", "targets", "kept", "packed_targets")
+        names = ("features", "inputs", "targets", "kept", "places", "packed_targets")
         moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
         return Batch(extents=self.extents, **moved)
 
@@ -94,15 +95,17 @@ def collate(features: Tensor, captions: Sequence[Sequence[Sequence[int]]], vocab
             inputs[i, c, : len(words) + 1] = torch.tensor([vocabulary.bos_id, *words])
             targets[i, c, : len(words) + 1] = torch.tensor([*words, vocabulary.eos_id])
     running = targets != vocabulary.pad_id  # (images, captions, steps)
-    extents, kept, packed, start = [], [], [], 0
+    layout = torch.arange(targets.numel()).view_as(targets)
+    extents, kept, places, start = [], [], [], 0
     for step in range(num_steps):
         rows, columns = int(running[:, 0, step].sum()), int(running[..., step].any(0).sum())
         extent = running[:rows, :columns, step].reshape(-1)
         kept.append(extent.nonzero().squeeze(1) + start)
-        packed.append(targets[:rows, :columns, step].reshape(-1)[extent])
+        places.append(layout[:rows, :columns, step].reshape(-1)[extent])
         extents.append((rows, columns))
         start += rows * columns
-    return Batch(features[order], inputs, targets, extents, torch.cat(kept), torch.cat(packed))
+    found = torch.cat(places)
+    return Batch(features[order], inputs, targets, extents, torch.cat(kept), found, targets.view(-1)[found])
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:

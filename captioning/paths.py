@@ -25,7 +25,7 @@ REPORTS = Path("reports")
 SPLITS = ("train", "val", "test")
 
 
-def annotations(split: str) -> Path:
+def split_annotations(split: str) -> Path:
     """The annotations of one split: a JSON list of `captioning.annotations.Annotation`."""
     return PREPARED / f"{split}.json"
 

@@ -57,3 +57,8 @@ def import_closure(path: Path) -> set[str]:
             waiting.append(file)
     names = {str(file.relative_to(ROOT)) for file in seen}
     return names - PLUMBING - {"stages/__init__.py"}
+
+
+if __name__ == "__main__":
+    for script in sorted((ROOT / "stages").glob("[!_]*.py")):
+        print(f"{script.stem}:", *(f"    - {name}" for name in sorted(import_closure(script))), sep="\n")

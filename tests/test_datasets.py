@@ -45,6 +45,7 @@ def test_collate_keeps_every_token_once(seed: int) -> None:
     assert [lengths[0] for lengths in ordered] == sorted((lengths[0] for lengths in ordered), reverse=True)
     places = torch.cat([batch.targets[:r, :c, t].reshape(-1) for t, (r, c) in enumerate(batch.extents)])
     assert torch.equal(places[batch.kept], batch.packed_targets)
+    assert torch.equal(batch.targets.view(-1)[batch.places], batch.packed_targets)
     outside = batch.targets.clone()
     for step, (rows_, columns) in enumerate(batch.extents):
         outside[:rows_, :columns, step] = Vocabulary.pad_id

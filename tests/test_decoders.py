@@ -93,6 +93,19 @@ def test_concat_is_the_formula() -> None:
     torch.testing.assert_close(scores[1, 0, 5], attention.score(summed.tanh())[0])
 
 
+def test_additive_gradients_are_those_of_the_plain_formula() -> None:
+    attention = build_attention("bahdanau", 3, 4, 5).double()
+    queries = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 3, 6, dtype=torch.float64)
+    inputs = (queries, keys, *attention.query.parameters(), attention.score.weight)
+    plain = attention.score((attention.query(queries)[:, :, None] + keys[:, None]).tanh()).squeeze(-1)
+    torch.testing.assert_close(attention.scores(queries, keys), plain)
+    expected = torch.autograd.grad((plain * weight).sum(), inputs)
+    found = torch.autograd.grad((attention.scores(queries, keys) * weight).sum(), inputs)
+    torch.testing.assert_close(found, expected)
+
+
 def test_wrong_settings_name_the_choices() -> None:
     with pytest.raises(CapstanError, match=r"unknown decoder type 'lstn'. Did you mean 'lstm'\? Choices: gru, lstm"):
         build_decoder(DecoderConfig("lstn", "bahdanau", 9, 6, 5, 8, 7, 8, 0.0))

@@ -82,15 +82,16 @@ class AttendFirst(RecurrentDecoder):
         memory, state = self.remember(batch.features)
         width = batch.inputs.shape[1]
         state = tuple(part.expand(-1, width, -1) for part in state)
-        word_gates = self.word_gates(self.embed(batch.inputs))  # (images, captions, steps, width)
+        # Steps first: to slice a later dimension would cost a zero tensor of the whole size for each step backward.
+        word_gates = self.word_gates(self.embed(batch.inputs.permute(2, 0, 1))).unbind(0)
         hiddens, contexts = [], []
         for step, (rows, columns) in enumerate(batch.extents):
             running = Memory(memory.regions[:rows], memory.keys[:rows])
             state = tuple(part[:rows, :columns] for part in state)
-            state, context, _ = self._advance(running, state, word_gates[:rows, :columns, step])
+            state, context, _ = self._advance(running, state, word_gates[step][:rows, :columns])
             hiddens.append(state[0])
             contexts.append(context)
-        return self.logits(stack_steps(hiddens)[batch.kept], stack_steps(contexts)[batch.kept])
+        return self.logits(*(stack_steps(part).index_select(0, batch.kept) for part in (hiddens, contexts)))
 
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:
         state, context, attention_weights = self._advance(memory, state, self.word_gates(self.embed(token_ids)))
@@ -120,9 +121,7 @@ class AttendLast(RecurrentDecoder):
         outputs, _ = self._run(self.embed(batch.inputs).flatten(0, 1), flat)
         queries = outputs.reshape(images, captions * steps, -1)
         context, _ = self.attention(queries, memory.keys, memory.regions)
-        both = torch.cat([queries, context], -1).view(images, captions, steps, -1)
-        running = [both[:rows, :columns, step] for step, (rows, columns) in enumerate(batch.extents)]
-        hidden, context = stack_steps(running)[batch.kept].split([self.config.hidden_dim, self.region_dim], -1)
+        hidden, context = (part.flatten(0, 1).index_select(0, batch.places) for part in (queries, context))
         return self.logits(hidden, context)
 
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:

@@ -1,0 +1,1 @@
+"""What the report stage computes and writes: leaderboard, provenance, Markdown and HTML."""
