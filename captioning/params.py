@@ -130,12 +130,18 @@ class DownloadParams(Section):
     jpeg_quality: Annotated[int, Field(ge=1, le=100)]
     samples_per_shard: Positive
     num_processes: Positive
+    """Each fetches, decodes and packs shards of its own."""
     num_threads: Positive
+    """Fetching at once, in each process."""
     timeout_s: Positive
+    """Seconds for one image, from connection to last byte."""
     num_retries: Count
+    """More rounds for what failed and may work later: timeouts, resets, HTTP 429 and 5xx."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)]
+    """Above this share of failed images the stage ends in an error and publishes nothing."""
     max_image_bytes: Positive
     max_image_pixels: Positive
+    """Larger images are refused before they are decoded."""
     seed: int
     """Draws splits for sources that bring none."""
 
@@ -210,6 +216,8 @@ class SmallBlip(Section):
     num_layers: Positive
     num_heads: Positive
     num_epochs: Positive
+    captions_per_step: Positive
+    """Of an image's captions, drawn anew each epoch: more epochs over the images teach more than more captions each."""
     learning_rate: Rate
     warmup_steps: Count
     weight_decay: Annotated[float, Field(ge=0)]

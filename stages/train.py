@@ -121,7 +121,7 @@ def main() -> None:
     params = load_params()
     captioner = paths.captioner_name(args.encoder, args.decoder)
     for split in ("train", "val"):
-        paths.require(paths.annotations(split), "prepare")
+        paths.require(paths.split_annotations(split), "prepare")
     paths.require(paths.VOCABULARY, "prepare")
     train(
         args.encoder,

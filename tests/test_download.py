@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from loopback import Server, encoded, jpeg, picture
 
-from captioning import fetching, shard_builder, storage
+from captioning import fetching, shard_builder, shard_workers, storage
 from captioning.errors import CapstanError
 from captioning.params import DownloadParams, SourceSettings, load_params
-from captioning.shard_builder import Chunk, build_chunk, build_chunks, finished_rows, make_chunks
+from captioning.shard_builder import Chunk, build_chunk, finished_rows, make_chunks
+from captioning.shard_workers import build_chunks
 from captioning.shards import iterate_shard, read_ledger, scan_shard
 from captioning.sources.table import Row
 from stages.download import check_failures, download
@@ -72,11 +73,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_good_and_bad_addresses(server: Server, tmp_path, capsys):
     good = [server.add(f"/{n}.jpg", loopback.body(jpeg(n, 60, 40))) for n in range(6)]
-    turned = encoded(picture(40, 60, 9))
+    turned, whole = encoded(picture(40, 60, 9)), jpeg(1, 200, 200)
     bad = {
         server.url("/none"): ("permanent", "HTTP 404"),
         server.add("/html.jpg", loopback.body(b"<html>gone</html>")): ("permanent", "not an image"),
-        server.add("/half.jpg", loopback.body(jpeg(1, 200, 200)[:3000])): ("permanent", "truncated image"),
+        server.add("/half.jpg", loopback.body(whole[: len(whole) * 2 // 3])): ("permanent", "truncated image"),
         server.add("/1x1.png", loopback.body(encoded(picture(1, 1), "PNG"))): ("permanent", "too small"),
         server.add("/500", loopback.status(500)): ("transient", "HTTP 500"),
         server.add("/bomb", loopback.body(encoded(picture(600, 600)))): ("permanent", "too many pixels"),
@@ -227,16 +228,18 @@ def die_once(pipe, params, log):
     pipe.send("done")
 
 
-@pytest.mark.parametrize(("worker", "message"), [(hang, "no sign of life for 1 s"), (die, "worker died .exit code 9")])
-def test_a_worker_that_hangs_or_dies_is_replaced_once(worker, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shard_builder, "work", worker)
+@pytest.mark.parametrize(
+    ("worker", "stall_s", "message"), [(hang, 1, "no sign of life for 1 s"), (die, 60, "worker died .exit code 9")]
+)
+def test_a_worker_that_hangs_or_dies_is_replaced_once(worker, stall_s, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shard_workers, "work", worker)
     with pytest.raises(CapstanError, match=f"shard 00000 failed 2 times: .*{message}"):
-        build_chunks(local_chunks(tmp_path, 5), quick(), tmp_path, stall_s=1)
+        build_chunks(local_chunks(tmp_path, 5), quick(), tmp_path, stall_s=stall_s)
     assert "once more" in capsys.readouterr().out
 
 
 def test_a_worker_that_dies_once_does_no_harm(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shard_builder, "work", die_once)
+    monkeypatch.setattr(shard_workers, "work", die_once)
     build_chunks(local_chunks(tmp_path, 5), quick(), tmp_path)
     assert "5/5 (100 %)" in capsys.readouterr().out
 

@@ -1,0 +1,163 @@
+"""One large file over HTTP: resumed with Range where the server allows it, checked, then renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from captioning import storage
+from captioning.errors import CapstanError
+from captioning.progress import Progress
+
+TIMEOUT_S = 30.0
+NUM_ATTEMPTS = 5
+BACKOFF_S = 1.0
+_TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+
+
+class _Retry(Exception):
+    """The transfer broke off; what has arrived is kept."""
+
+
+def download(url: str, target: Path, sha256: str | None) -> Path:
+    """Fetches `url` to `target`, going on where an earlier run stopped.
+
+    `<target>.part` and `<target>.part.json` (the server's validators) survive a kill. A file that is already there is
+    checked against the pin, or against the digest noted when it arrived.
+
+    Raises:
+        CapstanError: the server refuses or stays silent; the digest differs from the pin (the file is set aside).
+    """
+    note = target.with_name(target.name + ".sha256")
+    if target.exists() and note.exists():
+        if _digest(target) == note.read_text("ascii").strip() and (sha256 is None or note_matches(note, sha256)):
+            return target
+        set_aside(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    attempt = 0
+    while True:
+        size = _size(part)
+        try:
+            _transfer(url, part)
+            break
+        except (_Retry, TimeoutError, ConnectionError, http.client.HTTPException, urllib.error.URLError) as error:
+            attempt = 1 if _size(part) > size else attempt + 1  # a transfer that moves on is not given up
+            if attempt == NUM_ATTEMPTS:
+                raise CapstanError(
+                    f"{url} could not be fetched ({_plain(error)}), {NUM_ATTEMPTS} attempts; run again to go on "
+                    f"at byte {_size(part):,}, or fetch it by hand and set `root` to its folder."
+                ) from error
+            time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+    found = _digest(part)
+    _check_pin(url, part, found, sha256)
+    _metadata(part).unlink(missing_ok=True)
+    with storage.atomic_write(note) as temporary:
+        temporary.write_text(found + "\n", "ascii")
+    storage.publish(part, target)
+    if sha256 is None:
+        print(f"{target.name}: sha256 {found} (not pinned; put it into params.yaml to pin it)", flush=True)
+    return target
+
+
+def note_matches(note: Path, sha256: str) -> bool:
+    return note.read_text("ascii").strip() == sha256.lower()
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file to `*.corrupt`, so that it is never used and can be looked at."""
+    aside = path.with_name(path.name + ".corrupt")
+    os.replace(path, aside)
+    print(f"{path} is damaged: set aside as {aside.name}", flush=True)
+    return aside
+
+
+def _check_pin(url: str, part: Path, found: str, sha256: str | None) -> None:
+    if sha256 is None or found == sha256.lower():
+        return
+    aside = part.with_name(part.name.removesuffix(".part") + ".corrupt")
+    os.replace(part, aside)
+    _metadata(part).unlink(missing_ok=True)
+    raise CapstanError(
+        f"{url} gave a file with sha256 {found}, but params.yaml pins {sha256}. It was set aside as {aside}. "
+        "Run again if the transfer may have been disturbed; correct the pin only if you trust the new file."
+    )
+
+
+def _plain(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}"
+    return str(getattr(error, "reason", error)) or type(error).__name__
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(part: Path) -> int:
+    return part.stat().st_size if part.exists() else 0
+
+
+def _metadata(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _headers(url: str, part: Path) -> dict[str, str]:
+    """Asks for the rest, and only of the very file whose beginning is here (If-Range)."""
+    headers = {"User-Agent": "capstan", "Accept-Encoding": "identity"}
+    try:
+        known = json.loads(_metadata(part).read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if _size(part) and known.get("url") == url and known.get("validator"):
+        headers |= {"Range": f"bytes={_size(part)}-", "If-Range": known["validator"]}
+    return headers
+
+
+def _transfer(url: str, part: Path) -> None:
+    try:
+        request = urllib.request.Request(url, headers=_headers(url, part))
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # the rest is empty or the file has changed: start over
+            part.unlink(missing_ok=True)
+            raise _Retry("the server does not have the range that is missing") from error
+        if error.code in _TRANSIENT:
+            raise
+        raise CapstanError(f"{url} answered HTTP {error.code} {error.reason}: is the address right?") from error
+    except ValueError as error:
+        raise CapstanError(f"{url} is not an address: {error}") from error
+    with response:
+        _receive(response, part, url)
+
+
+def _receive(response: http.client.HTTPResponse, part: Path, url: str) -> None:
+    offset = _size(part) if response.status == 206 else 0
+    content_range = response.headers.get("Content-Range", "")
+    if response.status == 206 and not content_range.startswith(f"bytes {offset}-"):
+        part.unlink(missing_ok=True)
+        raise _Retry(f"the server sent {content_range!r}")
+    length = response.headers.get("Content-Length")
+    total = offset + int(length) if length is not None and length.isdigit() else None
+    if total is not None and total - offset > shutil.disk_usage(part.parent).free:
+        raise CapstanError(f"{url} has {total:,} bytes, more than the disk at {part.parent} has free")
+    etag = response.headers.get("ETag", "")
+    validator = etag if etag and not etag.startswith("W/") else response.headers.get("Last-Modified")
+    if offset == 0:
+        part.unlink(missing_ok=True)  # before the new validator stands: old bytes never meet it
+        storage.write_json(_metadata(part), {"url": url, "validator": validator})
+    with Progress(part.name.removesuffix(".part"), total, "byte", offset) as progress, part.open("ab") as file:
+        while chunk := response.read1(storage.CHUNK):
+            file.write(chunk)
+            progress.update(len(chunk))
+    if total is not None and _size(part) < total:
+        raise _Retry(f"broke off after {_size(part):,} of {total:,} bytes")
