@@ -102,7 +102,7 @@ def statistics(annotations: list[Annotation], vocabulary: Vocabulary) -> dict[st
 def choose_samples(test: list[Annotation], num_samples: int, seed: int) -> list[Annotation]:
     """Test images for the report: drawn evenly from the sources, the same for the same seed."""
     generator = np.random.default_rng(seed)
-    by_source = {}
+    by_source: dict[str, list[Annotation]] = {}
     for annotation in sorted(test, key=lambda a: a.image_id):
         by_source.setdefault(annotation.source, []).append(annotation)
     queues = [[members[i] for i in generator.permutation(len(members))] for members in by_source.values()]

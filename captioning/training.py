@@ -35,7 +35,8 @@ def seed_everything(seed: int, deterministic: bool) -> torch.Generator:
 
 def build_optimizer(decoder: Decoder, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only (biases and embeddings are left alone)."""
-    decayed, plain = [], []
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
     for name, parameter in decoder.named_parameters():
         (decayed if parameter.ndim > 1 and "embedding" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

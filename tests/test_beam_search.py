@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
+from conftest import ALL_DECODERS, small_decoder
 
 from captioning.beam_search import beam_search
 from captioning.decoders import Decoder
 from captioning.vocabulary import Vocabulary
-from conftest import ALL_DECODERS, small_decoder
 
 EOS = Vocabulary.eos_id
 

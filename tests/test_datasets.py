@@ -4,6 +4,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import random_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ from captioning.datasets import CaptionBatches, FeatureStore, collate, epoch_ord
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.vocabulary import Vocabulary
-from conftest import random_captions
 
 ENCODER = {"name": "test", "grid": [2, 2]}
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import ALL_DECODERS, random_captions, small_decoder
 from torch.nn import functional
 
 from captioning.attention import build_attention
@@ -9,7 +10,6 @@ from captioning.datasets import collate
 from captioning.decoders import DecoderConfig, build_decoder
 from captioning.errors import CapstanError
 from captioning.vocabulary import Vocabulary
-from conftest import ALL_DECODERS, random_captions, small_decoder
 
 
 def stepwise_logits(decoder, features, words: list[int]) -> torch.Tensor:

@@ -225,7 +225,8 @@ def test_captions_of_other_images_are_refused(results: Path, damage: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "path", [paths.scores("blip"), paths.image_scores("blip"), paths.attention("lite-lstm"), paths.split_annotations("test")]
+    "path",
+    [paths.scores("blip"), paths.image_scores("blip"), paths.attention("lite-lstm"), paths.split_annotations("test")],
 )
 def test_a_damaged_file_is_named(results: Path, path: Path) -> None:
     cut(path)

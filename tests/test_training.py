@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_datasets import annotation, write_shard
 
 from captioning import training
 from captioning.datasets import CaptionBatches, FeatureStore
@@ -12,7 +13,6 @@ from captioning.evaluation import GreedyCider, evaluate_loss
 from captioning.params import TrainParams
 from captioning.schedules import cosine_with_warmup
 from captioning.vocabulary import Vocabulary
-from test_datasets import annotation, write_shard
 
 WORDS = "red blue green circle square".split()
 
