@@ -9,7 +9,7 @@ from captioning.datasets import CaptionBatches, FeatureStore
 from captioning.decoders import Decoder
 from captioning.generation import search_store
 from captioning.metrics.cider import CiderD
-from captioning.metrics.tokenizer import simple_tokenize
+from captioning.metrics.words import simple_tokenize
 from captioning.vocabulary import Vocabulary
 
 

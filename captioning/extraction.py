@@ -16,7 +16,7 @@ from captioning.encoders import Encoder, Transform
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.images import decode_image
-from captioning.precision import autocast, choose_precision
+from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
 from captioning.shards import iterate_shard
 
@@ -71,7 +71,7 @@ def extract_features(
     todo = [shard for shard in shards if not _is_done(out / f"{shard.stem}.h5", encoder, shard)]
     if len(todo) < len(shards):
         print(f"resumed: {len(shards) - len(todo)} of {len(shards)} shards verified, {len(todo)} left", flush=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     encoder = encoder.to(device)
     dataset = ShardImages(todo, encoder.transform, batch_size)
     loader = DataLoader(

@@ -1,4 +1,4 @@
-"""Which number format a network computes in, and the autocast region for it."""
+"""Where a network computes, in which number format, and the autocast region for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ from captioning.decoders import Decoder
 from captioning.errors import CapstanError
 from captioning.evaluation import GreedyCider, evaluate_loss
 from captioning.params import TrainParams
-from captioning.precision import autocast, choose_precision
+from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
 from captioning.schedules import cosine_with_warmup
 
@@ -28,6 +28,8 @@ def seed_everything(seed: int, deterministic: bool) -> torch.Generator:
     """Seeds torch's global generator and makes a further one for loaders; same seed, same run."""
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+    # No result depends on uninitialised memory; to fill it costs time at every allocation.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = not deterministic
     return torch.Generator().manual_seed(seed)
@@ -70,7 +72,7 @@ class Trainer:
         learning_rate: float,
         log: Log,
     ) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = choose_device()
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider

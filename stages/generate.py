@@ -19,19 +19,18 @@ def generate(
     model: Path, images: Path, features: Path, settings: GenerateParams, captions_out: Path, attention_out: Path
 ) -> None:
     """Writes COCO results, sorted by image id, and the attention maps of the same captions."""
-    import torch
-
     from captioning.annotations import load_images
     from captioning.attention_maps import write_attention_maps
     from captioning.datasets import FeatureStore
     from captioning.generation import search_store
     from captioning.models import load_captioner
+    from captioning.precision import choose_device
     from captioning.progress import Progress
 
     captioner = load_captioner(model)
     test = sorted((image for image in load_images(images) if image.split == "test"), key=lambda image: image.image_id)
     store = FeatureStore(features, test)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device()
     options: dict[str, Any] = settings.model_dump()
     with Progress(f"generate {model.name}", total=len(test), unit="image") as progress:
         found = list(search_store(captioner.decoder.to(device), store, device, progress=progress, **options))

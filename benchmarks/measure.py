@@ -1,0 +1,54 @@
+"""Timing in turn: A B A B, so that a machine that slows down slows both."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
+    """Runs each work once to warm up, then all of them in turn, `repeats` times.
+
+    Returns:
+        For each name the median, minimum and maximum in seconds.
+    """
+    for work in works.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - started)
+    return {
+        name: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
+        for name, values in seconds.items()
+    }
+
+
+def ratio(times: dict[str, dict[str, float]], slower: str, faster: str) -> float:
+    """How many times longer `slower` takes than `faster`, by medians."""
+    return times[slower]["median_s"] / times[faster]["median_s"]
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and versions."""
+    import torch
+
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return {
+        "cpu": model[0] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy", "h5py")},
+    }
