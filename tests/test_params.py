@@ -85,7 +85,7 @@ def test_missing_keys_are_named(tree) -> None:
 
 @pytest.mark.parametrize("text", ["5e-4", "5e-04", "5.0e-4", "0.0005", "'5e-04'"])
 def test_scientific_numbers_as_dvc_writes_them(tmp_path, text) -> None:
-    whole = (ROOT / "params.yaml").read_text().replace("learning_rate: 0.001", f"learning_rate: {text}")
+    whole = (ROOT / "params.yaml").read_text().replace("learning_rate: 0.001", f"learning_rate: {text}", 1)
     params = load_params(write(tmp_path / "params.yaml", whole))
     assert params.decoder_settings["lstm"].learning_rate == 0.0005
 
