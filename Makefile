@@ -28,6 +28,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 setup: $(VENV)/installed-dev  ## make .venv with users' and developers' requirements
 
 repro: $(VENV)/installed  ## run what has changed of the pipeline: images to report
+	@$(BIN)/python -m captioning check
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@echo "report: reports/index.html (open it in a browser), reports/report.md"
 

@@ -1,5 +1,6 @@
-"""The user's commands: caption images with a trained model, apply a recipe, clean up after dropped captioners.
+"""The user's commands: check params.yaml, caption images with a trained model, apply a recipe, clean up.
 
+python -m captioning check
 python -m captioning caption data/models/efficientnet_lite0-lstm photo.jpg
 python -m captioning recipe recipes/flickr8k.yaml
 python -m captioning clean
@@ -112,11 +113,25 @@ def clean(force: bool) -> None:
         print("delete them with `make clean FORCE=1`; DVC's cache keeps what it has until `dvc gc`")
 
 
+def check() -> None:
+    """Raises CapstanError where params.yaml is wrong, before DVC deletes the outs of a stage that would then fail."""
+    from captioning.decoders import check_decoder
+    from captioning.encoders import check_encoder
+    from captioning.params import load_params
+
+    params = load_params()
+    for encoder in params.encoders:
+        check_encoder(encoder)
+    for decoder in params.decoders:
+        check_decoder(params.decoder_settings[decoder].type)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m captioning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="check params.yaml; `make repro` does so first")
     caption = commands.add_parser("caption", help="caption image files with a model directory")
     caption.add_argument("model", type=Path, help="a directory below data/models")
     caption.add_argument("images", type=Path, nargs="+")
@@ -135,7 +150,10 @@ def main() -> None:
 
 def _main() -> None:
     args = build_parser().parse_args()
-    if args.command == "caption":
+    if args.command == "check":
+        check()
+        print(f"{paths.PARAMS} is valid")
+    elif args.command == "caption":
         captions = caption_images(args.model, args.images, args.num_beams, args.max_length)
         for path, caption in zip(args.images, captions, strict=True):
             print(f"{path}\t{caption}")

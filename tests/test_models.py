@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,3 +69,16 @@ def test_bad_images_are_named_without_a_traceback(model, tmp_path, capsys, monke
             cli.main()
         assert caught.value.code == 1
         assert path.name in capsys.readouterr().err
+
+
+def test_check_finds_what_types_cannot(tmp_path, capsys, monkeypatch) -> None:
+    params = (Path(__file__).parents[1] / "params.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["captioning", "check"])
+    (tmp_path / "params.yaml").write_text(params)
+    cli.main()
+    assert "params.yaml is valid" in capsys.readouterr().out
+    (tmp_path / "params.yaml").write_text(params.replace("type: gru", "type: gruu"))
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "unknown decoder type 'gruu'. Did you mean 'gru'?" in capsys.readouterr().err

@@ -136,7 +136,8 @@ def test_one_decoders_param_reruns_its_chain_alone(clone: Clone) -> None:
     assert stages_run(clone.dvc("repro")) == CHAIN_LSTM
     clone.set({"decoder_settings": {"lstm": {"dropout": 0.3}}})
     output = clone.dvc("repro")
-    assert stages_run(output) == [] and output.count("is cached - skipping run") >= 3  # reverted: from the run cache
+    # Reverted: from the run cache. DVC keeps none for a stage with a git-tracked out that is no metric (report.md).
+    assert stages_run(output) == ["report"] and output.count("is cached - skipping run") == 3
 
 
 def test_an_encoder_comes_and_goes(clone: Clone) -> None:
@@ -147,12 +148,21 @@ def test_an_encoder_comes_and_goes(clone: Clone) -> None:
     assert stages_run(clone.dvc("exp", "run", "-S", "encoders=[efficientnet_lite0]")) in ([], ["report"])
     assert "resnet50" not in (clone.path / "reports/report.md").read_text()
     assert "resnet50" not in json.dumps(json.loads((clone.path / "reports/metrics.json").read_text()))
+
+
+def test_clean_names_what_no_captioner_owns_and_deletes_it_only_when_told(clone: Clone) -> None:
+    stale = ["data/features/resnet50", "data/models/resnet50-lstm", "reports/training/resnet50-lstm"]
+    for name in stale:
+        (clone.path / name).mkdir()
+    (clone.path / "reports/scores/resnet50-lstm.json").write_text("{}")
     named = clone.run("python", "-m", "captioning", "clean")
-    assert "stale: data/features/resnet50" in named and "stale: reports/scores/resnet50-lstm.json" in named
+    for name in [*stale, "reports/scores/resnet50-lstm.json"]:
+        assert f"stale: {name}" in named and (clone.path / name).exists()
     assert "efficientnet" not in named
     clone.run("python", "-m", "captioning", "clean", "--force")
-    assert not (clone.path / "data/models/resnet50-lstm").exists() and (clone.path / f"data/models/{LSTM}").exists()
+    assert not any((clone.path / name).exists() for name in stale)
     assert "nothing is stale" in clone.run("python", "-m", "captioning", "clean")
+    assert "up to date" in clone.dvc("status")
 
 
 def test_queued_experiments_and_their_differences(clone: Clone) -> None:
@@ -172,7 +182,7 @@ def test_queued_experiments_and_their_differences(clone: Clone) -> None:
     assert values == {"slow": 0.0005, "fast": 0.02}
     difference = json.loads(clone.dvc("metrics", "diff", "slow", "fast", "--json"))
     training = difference[f"reports/training/{LSTM}/metrics.json"]
-    assert training["train"]["loss"]["diff"] != 0
+    assert any(entry.get("diff") for entry in training.values()), training
     assert f"reports/training/{GRU}/metrics.json" not in difference
     clone.dvc("plots", "diff", "slow", "fast", "-o", "plots")
     page = (clone.path / "plots/index.html").read_text()
@@ -234,7 +244,7 @@ def test_bad_params_stop_a_run_and_lose_nothing(clone: Clone) -> None:
     assert (clone.path / f"data/captions/{GRU}.json").exists()
     output = clone.dvc("exp", "run", "-S", "generate.num_beams=five", code=None)
     assert "generate.num_beams: Input should be a valid integer" in output
-    clone.run("git", "checkout", "params.yaml")
+    clone.run("git", "checkout", ".")
     clone.dvc("checkout")
     assert "up to date" in clone.dvc("status")
 
