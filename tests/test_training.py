@@ -58,8 +58,7 @@ def test_it_learns_and_keeps_the_best(tmp_path) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path) -> None:
-    runs = [build(tmp_path, num_epochs=2)[0] for _ in range(1)]
-    first = runs[0].run()
+    first = build(tmp_path, num_epochs=2)[0].run()
     second = build(tmp_path, num_epochs=2)[0].run()
     third = build(tmp_path, num_epochs=2, seed=2)[0].run()
     assert all(torch.equal(first.state[n], second.state[n]) for n in first.state)
