@@ -7,7 +7,7 @@ export DVC_NO_ANALYTICS := 1
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test lint bench clean
+.PHONY: help setup repro test faults flips lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,11 +29,18 @@ setup: $(VENV)/installed-dev  ## make .venv with users' and developers' requirem
 
 repro: $(VENV)/installed  ## run what has changed of the pipeline: images to report
 	@$(BIN)/python -m captioning check
+	@$(BIN)/python -m captioning heal
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 	@echo "report: reports/index.html (open it in a browser), reports/report.md"
 
 test: $(VENV)/installed-dev  ## run all tests, the pipeline's through real dvc
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+faults: $(VENV)/installed-dev  ## kill, starve and damage runs: COUNT random cases of SEED; JOBS at a time; ONLY=<number> again
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m faults --count $(or $(COUNT),150) --seed $(or $(SEED),1) --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY))
+
+flips: $(VENV)/installed-dev  ## flip bits in and truncate every file format: COUNT of each
+	PYTHONPATH=tests:. $(BIN)/python -m faults.flips --count $(or $(COUNT),1000) --seed $(or $(SEED),1)
 
 lint: $(VENV)/installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -153,8 +153,10 @@ def measure_loading(num_images: int = 2000, batch_size: int = 64) -> Row:
 
 
 def main() -> None:
+    from benchmarks.checkpointing import measure_checkpoints
+
     rows = []
-    for measure in (measure_training, measure_search, measure_loading):
+    for measure in (measure_training, measure_search, measure_checkpoints, measure_loading):
         row = measure()
         rows.append(row)
         print(row["work"])

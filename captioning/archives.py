@@ -20,11 +20,13 @@ from captioning import storage
 from captioning.errors import CapstanError
 from captioning.params import Archive
 from captioning.transfer import download
+from captioning.work import open_work
 
 MAX_TEXT_BYTES = 4 << 30
 MAX_MEMBER_BYTES = 256 << 20
 """No photograph is larger; a member that says so is not one."""
 DISK_RESERVE_BYTES = 1 << 30
+NOTE = "digests of extracted files"
 
 _DAMAGE = (
     zipfile.BadZipFile,
@@ -57,8 +59,7 @@ def locate(archive: Archive, root: Path | None) -> Path:
     """
     name = file_name(archive)
     if root is None:
-        target = storage.work_folder("download", "archives") / hashlib.sha256(archive.url.encode()).hexdigest()[:12]
-        return download(archive.url, target / name, archive.sha256)
+        return fetch_once(archive.url, name, archive.sha256)
     if not root.is_dir():
         raise CapstanError(f"root {root} is not a folder: put {name} (from {archive.url}) there, or set root to null")
     path = root / name
@@ -70,6 +71,16 @@ def locate(archive: Archive, root: Path | None) -> Path:
             "the pin if you trust this one."
         )
     return path
+
+
+def fetch_once(url: str, name: str, sha256: str | None) -> Path:
+    """Downloads to where all settings share it; of two processes that want the same file, one waits for the other.
+
+    Raises:
+        CapstanError: as `captioning.transfer.download`.
+    """
+    with open_work("archives", hashlib.sha256(url.encode()).hexdigest()[:12], about=url) as work:
+        return download(url, work.folder / name, sha256)
 
 
 def sha256_file(path: Path) -> str:
@@ -115,7 +126,7 @@ def image_folder(archive: Archive, root: Path | None, wanted: set[str], folder: 
     path = locate(archive, root)
     if path.is_file():
         target = folder / f"{file_name(archive)}-{storage.digest_file(path)[:12]}-{_names_digest(wanted)}"
-        if not target.exists():
+        if not _is_whole(target):
             extract(path, wanted, target)
         return target
     for candidate in _folders(path):
@@ -135,8 +146,25 @@ def _folders(root: Path) -> Iterator[Path]:
         yield from (path for path in sorted(root.glob(pattern)) if path.is_dir())
 
 
+def _note(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.jsonl")
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether an earlier run extracted this folder and every file still has its digest; a damaged one is set aside."""
+    if not folder.exists():
+        return False
+    digests = storage.read_part(_note(folder), NOTE)
+    if digests == [[path.name, storage.digest_file(path)] for path in sorted(folder.iterdir())]:
+        return True
+    storage.set_aside(folder)
+    return False
+
+
 def extract(path: Path, wanted: set[str], target: Path) -> int:
     """Extracts the members whose last path component is wanted, flat, into `target` (whole or absent).
+
+    Their digests stand in `<target>.jsonl`.
 
     Returns:
         The number of files extracted.
@@ -156,6 +184,8 @@ def extract(path: Path, wanted: set[str], target: Path) -> int:
             count += 1
     if count == 0:
         raise CapstanError(f"{path} holds none of the {len(wanted)} images that the captions name: a wrong file?")
+    digests = [[file.name, storage.digest_file(file)] for file in sorted(partial.iterdir())]
+    storage.write_part(_note(target), digests, NOTE)
     os.replace(partial, target)
     return count
 

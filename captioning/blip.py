@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from captioning import monitoring, storage
 from captioning.annotations import Annotation, ImageRecord
 from captioning.errors import CapstanError
 from captioning.images import decode_image
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
-from captioning.shards import iterate_shard
+from captioning.shards import iterate_shard, verify_shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,18 +49,17 @@ class BlipCaptioner:
 
 
 def iterate_images(shards: Path, images: Sequence[Annotation | ImageRecord]) -> Decoded:
-    """Decodes images shard after shard, in the order of shards and keys.
+    """Decodes images shard after shard, in the order of shards and keys, after all these shards were verified.
 
     Raises:
-        CapstanError: a shard is missing or damaged, or does not hold an image that it should.
+        CapstanError: a shard is missing or damaged (then it is set aside), or does not hold an image that it should.
     """
     by_shard: dict[str, dict[str, Annotation | ImageRecord]] = {}
     for image in images:
         by_shard.setdefault(image.shard, {})[image.key] = image
+    verify_shards(shards, by_shard)
     for shard, wanted in sorted(by_shard.items()):
         path = shards / f"{shard}.tar"
-        if not path.exists():
-            raise CapstanError(f"{path} is missing: run `dvc repro download`, or `dvc pull {shards}`")
         for key, jpeg, _ in iterate_shard(path):
             if key in wanted:
                 yield wanted.pop(key), decode_image(jpeg)
@@ -77,7 +78,7 @@ def load_pretrained(weights: str, prompt: str) -> BlipCaptioner:
     from safetensors import SafetensorError
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    folder = _fetch(weights)
+    folder = find_weights(weights)
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         processor = BlipProcessor.from_pretrained(folder, **safe)
@@ -104,7 +105,12 @@ def load_pretrained(weights: str, prompt: str) -> BlipCaptioner:
     return BlipCaptioner(model.eval(), preprocess, decode)
 
 
-def _fetch(weights: str) -> Path:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that `load_pretrained` may read."""
+    return sorted(path for pattern in HUB_FILES for path in folder.glob(pattern))
+
+
+def find_weights(weights: str) -> Path:
     """The local folder of that name, else the hub repository's files, downloaded unless they are in its cache.
 
     Raises:
@@ -130,38 +136,58 @@ def _brief(error: Exception) -> str:
 
 
 def caption_images(
-    captioner: BlipCaptioner,
-    images: Decoded,
-    num_images: int,
+    build: Callable[[], BlipCaptioner],
+    shards: Path,
+    images: Sequence[Annotation | ImageRecord],
+    parts: Path,
+    *,
+    prompt: str,
     batch_size: int,
     precision: str,
     num_beams: int,
     max_length: int,
 ) -> dict[str, str]:
-    """Captions by image_id. A caption that has not ended after `max_length` tokens is cut there."""
+    """Captions by image_id. A caption that has not ended after `max_length` tokens is cut there.
+
+    Each batch is kept in `parts` when it is done. One that is found there is neither decoded nor captioned again.
+
+    Args:
+        build: gives the captioner; called only if a batch is missing.
+        parts: a folder that belongs to this captioner.
+        prompt: what the captioner puts before each caption.
+    """
+    dtype = choose_precision(precision, choose_device())
+    options = [prompt, batch_size, str(dtype), num_beams, max_length]
+    ordered = sorted(images, key=lambda image: (image.shard, image.key))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    targets = [parts / f"{number:05d}.jsonl" for number in range(len(batches))]
+    abouts = [[*options, [image.image_id for image in batch]] for batch in batches]
+    found = [storage.read_part(target, about) for target, about in zip(targets, abouts, strict=True)]
+    missing = [number for number, captions in enumerate(found) if captions is None]
+    if len(missing) < len(batches):
+        done = len(batches) - len(missing)
+        print(f"resumed: {done} of {len(batches)} parts verified, {len(missing)} left", flush=True)
+    if missing:
+        captioner = build()
+        decoded = iterate_images(shards, [image for number in missing for image in batches[number]])
+        with Progress("blip captions", sum(len(batches[number]) for number in missing), "image") as progress:
+            for number in missing:
+                pixels = [pixels for _, pixels in islice(decoded, len(batches[number]))]
+                found[number] = _caption_batch(captioner, pixels, dtype, num_beams, max_length)
+                storage.write_part(targets[number], found[number] or [], abouts[number])
+                progress.update(len(pixels))
+                monitoring.count(images=len(pixels))
+    texts = [caption for captions in found for caption in captions or []]
+    return {image.image_id: caption for image, caption in zip(ordered, texts, strict=True)}
+
+
+@torch.inference_mode()
+def _caption_batch(
+    captioner: BlipCaptioner, pixels: list[NDArray[np.uint8]], dtype: torch.dtype, num_beams: int, max_length: int
+) -> list[str]:
     device = choose_device()
-    dtype = choose_precision(precision, device)
     captioner.model.to(device)
-    options = {"num_beams": num_beams, "max_new_tokens": max_length, "do_sample": False}
-    captions: dict[str, str] = {}
-    with Progress("blip captions", num_images, "image") as progress, torch.inference_mode():
-        for batch in _batches(images, batch_size):
-            inputs = captioner.preprocess([pixels for _, pixels in batch])
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            with autocast(device, dtype):
-                rows = captioner.model.generate(**inputs, **options)
-            for (image, _), row in zip(batch, rows.tolist(), strict=True):
-                captions[image.image_id] = captioner.decode(row)
-            progress.update(len(batch))
-    return captions
-
-
-def _batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    inputs = {name: tensor.to(device) for name, tensor in captioner.preprocess(pixels).items()}
+    with autocast(device, dtype):
+        rows = captioner.model.generate(**inputs, num_beams=num_beams, max_new_tokens=max_length, do_sample=False)
+    return [captioner.decode(row) for row in rows.tolist()]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captioning import storage
+from captioning import monitoring, storage
 from captioning.blip import BlipCaptioner, Decoded
+from captioning.distributed import ALONE
 from captioning.errors import CapstanError
+from captioning.loop import Outcome
+from captioning.optimization import Stepper, build_adamw, seed_step
 from captioning.params import SmallBlip
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
@@ -31,6 +36,11 @@ CLIP_NORM = 1.0
 WEIGHT_STD = 0.02
 """Of fresh weights. BlipConfig's own for the vision part, 1e-10, is meant to be loaded over and learns nothing."""
 IGNORED_LABEL = -100
+MAX_SKIPPED_STEPS = 20
+"""So many steps in a row whose loss or gradient is not finite, and training stops."""
+
+Batch = tuple["NDArray[np.int64]", list[list[Sequence[int]]]]
+"""Rows of images, and the captions of each that were drawn."""
 
 
 def build_small_blip(settings: SmallBlip, vocabulary: Vocabulary, max_length: int) -> Any:
@@ -84,87 +94,118 @@ def normalise(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def store_pixels(target: Path, images: Decoded, rows: dict[str, int], image_px: int) -> NDArray[np.uint8]:
+def store_pixels(target: Path, decode: Callable[[], Decoded], rows: dict[str, int], image_px: int) -> NDArray[np.uint8]:
     """Decodes once into a file, which is mapped, so that training needs no memory for the data set.
 
+    One that an earlier run left is taken if its digest, kept beside it, is right; else it is set aside.
+
     Args:
+        decode: begins to decode the images.
         rows: each image_id's row.
 
     Returns:
         (num_images, image_px, image_px, 3) uint8.
     """
-    if not target.exists():
+    if not _is_whole(target):
         with storage.atomic_write(target) as temporary, Progress("blip decode", len(rows), "image") as progress:
             pixels = np.lib.format.open_memmap(
                 temporary, mode="w+", dtype=np.uint8, shape=(len(rows), image_px, image_px, 3)
             )
-            for image, decoded in images:
+            for image, decoded in decode():
                 pixels[rows[image.image_id]] = resize(decoded, image_px)
                 progress.update()
             pixels.flush()
             del pixels
+            storage.write_part(_note(target), [storage.digest_file(temporary)], target.name)
     return np.load(target, mmap_mode="r", allow_pickle=False)
 
 
-def train_small_blip(
-    model: Any,
-    pixels: NDArray[np.uint8],
-    captions: Sequence[Sequence[Sequence[int]]],
-    settings: SmallBlip,
-    batch_size: int,
-    precision: str,
-    seed: int,
-) -> list[float]:
-    """Trains in place by teacher forcing, an image encoded once for all its captions; returns each epoch's mean loss.
+def _note(target: Path) -> Path:
+    return target.with_suffix(".digest")
+
+
+def _is_whole(target: Path) -> bool:
+    if not target.exists():
+        return False
+    if storage.read_part(_note(target), target.name) == [storage.digest_file(target)]:
+        return True
+    storage.set_aside(target)
+    return False
+
+
+class BlipTask:
+    """The small BLIP's training, as `captioning.loop` runs it: teacher forcing, an image encoded once for its captions.
 
     AdamW, linear warm-up, cosine to zero. The order and the captions drawn are a pure function of (seed, epoch).
-
-    Args:
-        pixels: (num_images, image_px, image_px, 3) uint8.
-        captions: per image, per caption, its word ids without bos and eos.
-
-    Raises:
-        CapstanError: fp16 (it would need loss scaling), or a loss that is not finite.
     """
-    if precision == "fp16":
-        raise CapstanError("blip.precision: fp16 cannot train the small BLIP; take bf16, fp32 or auto")
-    device = choose_device()
-    dtype = choose_precision(precision, device)
-    dtype = torch.float32 if dtype == torch.float16 else dtype
-    model.to(device).train()
-    num_steps = math.ceil(len(captions) / batch_size) * settings.num_epochs
-    optimizer = _build_optimizer(model, settings)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine_with_warmup(step, settings.warmup_steps, num_steps)
-    )
 
-    def take_step(indices: NDArray[np.int64], texts: Sequence[Sequence[Sequence[int]]]) -> float:
-        with autocast(device, dtype):
-            loss = _loss(model, torch.from_numpy(pixels[indices]), texts, device)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        schedule.step()
-        return loss.item()
+    name = "blip train"
 
-    epoch_losses = []
-    with Progress("blip train", num_steps, "step") as progress:
-        for epoch in range(settings.num_epochs):
-            losses = []
-            for indices, texts in _draw_batches(captions, batch_size, settings.captions_per_step, seed, epoch):
-                losses.append(take_step(indices, texts))
-                progress.update(note=f"epoch {epoch + 1}/{settings.num_epochs}, loss {losses[-1]:.3f}")
-            epoch_losses.append(sum(losses) / len(losses))
-            if not math.isfinite(epoch_losses[-1]):
-                raise CapstanError(f"the small BLIP's loss became {epoch_losses[-1]}: lower blip.small.learning_rate")
-    model.eval()
-    return epoch_losses
+    def __init__(
+        self,
+        model: Any,
+        load_pixels: Callable[[], NDArray[np.uint8]],
+        captions: Sequence[Sequence[Sequence[int]]],
+        settings: SmallBlip,
+        batch_size: int,
+        precision: str,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            load_pixels: gives (num_images, image_px, image_px, 3) uint8; called only if there is a step to do.
+            captions: per image, per caption, its word ids without bos and eos.
+        """
+        self.device = choose_device()
+        self.dtype = choose_precision(precision, self.device)
+        self.model = model.to(self.device)
+        self.captions, self.settings, self.batch_size, self.seed = captions, settings, batch_size, seed
+        self.num_epochs, self.steps_per_epoch = settings.num_epochs, math.ceil(len(captions) / batch_size)
+        optimizer = build_adamw(list(model.named_parameters()), settings.learning_rate, settings.weight_decay, BETAS)
+        self.stepper = Stepper(optimizer, CLIP_NORM, self.dtype, ALONE)
+        self.losses: list[float] = []
+        """Each epoch's mean."""
+        self._load_pixels = load_pixels
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        return self._load_pixels()
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        drawn = _draw_batches(self.captions, self.batch_size, self.settings.captions_per_step, self.seed, epoch)
+        return islice(drawn, first, None)
+
+    def train_step(self, batch: Batch, step: int, stop: bool) -> Outcome:
+        """The loss is the mean over the batch's words."""
+        indices, texts = batch
+        self.model.train()
+        seed_step(self.seed, step, ALONE.rank)
+        factor = cosine_with_warmup(step, self.settings.warmup_steps, self.num_epochs * self.steps_per_epoch)
+        with autocast(self.device, self.dtype):
+            loss = _loss(self.model, torch.from_numpy(self.pixels[indices]), texts, self.device)
+        value, finite, stop = self.stepper.step(loss, factor, stop)
+        monitoring.count(images=len(texts), tokens=sum(len(words) + 1 for group in texts for words in group))
+        return Outcome(value, 1, finite, stop)
+
+    def evaluate(self) -> None:
+        """There is nothing to choose by: the last epoch's weights are taken."""
+
+    def end_epoch(self, epoch: int, step: int, mean_loss: float, found: None) -> str:
+        self.losses.append(mean_loss)
+        return f"loss {mean_loss:.3f}"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "stepper": self.stepper.state_dict(), "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.stepper.load_state_dict(state["stepper"])
+        self.losses = list(state["losses"])
 
 
 def _draw_batches(
     captions: Sequence[Sequence[Sequence[int]]], batch_size: int, captions_per_step: int, seed: int, epoch: int
-) -> Iterator[tuple[NDArray[np.int64], list[list[Sequence[int]]]]]:
+) -> Iterator[Batch]:
     """An epoch's batches: the images' rows, sorted for reading, and at most `captions_per_step` captions of each."""
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(len(captions))
@@ -172,16 +213,6 @@ def _draw_batches(
         indices = np.sort(order[start : start + batch_size])
         chosen = [draw.permutation(len(captions[i]))[:captions_per_step] for i in indices]
         yield indices, [[captions[i][c] for c in numbers] for i, numbers in zip(indices, chosen, strict=True)]
-
-
-def _build_optimizer(model: Any, settings: SmallBlip) -> torch.optim.AdamW:
-    """Weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=BETAS, fused=True
-    )
 
 
 def _loss(

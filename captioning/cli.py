@@ -1,9 +1,11 @@
-"""The user's commands: check params.yaml, caption images with a trained model, apply a recipe, clean up.
+"""The user's commands: check params.yaml, caption images with a trained model, apply a recipe, clean up, recover.
 
 python -m captioning check
 python -m captioning caption data/models/efficientnet_lite0-lstm photo.jpg
 python -m captioning recipe recipes/flickr8k.yaml
 python -m captioning clean
+python -m captioning heal
+python -m captioning checkpoints list
 """
 
 from __future__ import annotations
@@ -126,6 +128,28 @@ def check() -> None:
         check_decoder(params.decoder_settings[decoder].type)
 
 
+def manage_checkpoints(action: str, force: bool) -> None:
+    """Lists, verifies or prunes; raises CapstanError where a checkpoint is damaged."""
+    from captioning import recovery_commands
+    from captioning.errors import CapstanError
+    from captioning.params import load_params
+
+    num_damaged = 0
+    if action == "list":
+        lines = recovery_commands.list_checkpoints()
+    elif action == "verify":
+        lines, num_damaged = recovery_commands.verify_checkpoints()
+    else:
+        recovery = load_params().recovery
+        min_free = int(recovery.min_free_gb * stage.GIGABYTE)
+        lines = recovery_commands.prune_work(recovery.keep_work_days, min_free, force)
+    print(*lines or ["none"], sep="\n")
+    if num_damaged:
+        raise CapstanError(
+            f"{num_damaged} checkpoints are damaged; a resumed run sets them aside and takes an older one"
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m captioning", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,6 +165,10 @@ def build_parser() -> argparse.ArgumentParser:
     recipe.add_argument("recipe", type=Path, help="such as recipes/flickr8k.yaml")
     cleaner = commands.add_parser("clean", help="name results that no longer belong to params.yaml")
     cleaner.add_argument("--force", action="store_true", help="delete them")
+    commands.add_parser("heal", help="mend DVC's lock files after a kill; `make repro` does so first")
+    checkpoints = commands.add_parser("checkpoints", help="show, verify or prune work in progress")
+    checkpoints.add_argument("action", choices=["list", "verify", "prune"])
+    checkpoints.add_argument("--force", action="store_true", help="prune: all that no process uses, not only the old")
     return parser
 
 
@@ -160,5 +188,11 @@ def _main() -> None:
     elif args.command == "recipe":
         apply_recipe(args.recipe, paths.PARAMS)
         print(f"{paths.PARAMS} now follows {args.recipe}; see `git diff {paths.PARAMS}`, then run `dvc repro`")
+    elif args.command == "heal":
+        from captioning.recovery_commands import heal
+
+        print(*heal() or ["nothing to mend"], sep="\n")
+    elif args.command == "checkpoints":
+        manage_checkpoints(args.action, args.force)
     else:
         clean(args.force)

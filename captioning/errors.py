@@ -7,6 +7,10 @@ class CapstanError(ValueError):
     """Bad input or a missing file. The message says what is wrong and what to do."""
 
 
+class DamagedError(CapstanError):
+    """A file has other bytes than were written. The message names it."""
+
+
 def unknown_name(kind: str, name: str, choices: object) -> CapstanError:
     """The error of a registry look-up: names the choices, and the nearest one if there is one."""
     from difflib import get_close_matches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from captioning import storage
+from captioning import monitoring, storage
 from captioning.encoders import Encoder, Transform
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.images import decode_image
+from captioning.orphans import die_with_parent
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
 from captioning.shards import iterate_shard
@@ -54,39 +56,60 @@ class ShardImages(IterableDataset):
         return index, [key for key, _ in batch], np.stack(images)
 
 
+def _leave_signals_to_parent(_: int) -> None:
+    die_with_parent(signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _identity(item: Any) -> Any:
     return item
 
 
-def extract_features(
-    encoder: Encoder, shards: list[Path], out: Path, batch_size: int, num_workers: int, precision: str
-) -> None:
-    """Writes `out/<shard>.h5` for each shard that has no valid one there yet.
-
-    Raises:
-        CapstanError: no shards, or a shard without images.
-    """
-    if not shards:
-        raise CapstanError("data/shards holds no .tar: run `dvc repro download`")
+def missing_shards(encoder: Encoder, shards: list[Path], out: Path) -> list[Path]:
+    """The shards that have no good file in `out` yet; damaged files are set aside. Says what is there."""
     todo = [shard for shard in shards if not _is_done(out / f"{shard.stem}.h5", encoder, shard)]
     if len(todo) < len(shards):
         print(f"resumed: {len(shards) - len(todo)} of {len(shards)} shards verified, {len(todo)} left", flush=True)
+    return todo
+
+
+def extract_features(
+    encoder: Encoder, todo: list[Path], out: Path, batch_size: int, num_workers: int, precision: str
+) -> None:
+    """Writes `out/<shard>.h5` for each shard.
+
+    Raises:
+        CapstanError: a shard without images.
+    """
     device = choose_device()
     encoder = encoder.to(device)
     dataset = ShardImages(todo, encoder.transform, batch_size)
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=num_workers, collate_fn=_identity, generator=torch.Generator()
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        generator=torch.Generator(),  # else it draws from the global one
+        worker_init_fn=_leave_signals_to_parent,
     )
     dtype = choose_precision(precision, device)
     current, keys, chunks = 0, [], []  # type: int, list[str], list[np.ndarray]
     with Progress(f"features {encoder.name}", unit="image") as progress, torch.inference_mode():
-        for index, batch_keys, pixels in loader:
+        batches = iter(loader)
+        while True:
+            with monitoring.waiting():
+                loaded = next(batches, None)
+            if loaded is None:
+                break
+            index, batch_keys, pixels = loaded
             if index != current:
                 _write(out, todo[current], keys, chunks, encoder)
                 current, keys, chunks = index, [], []
             chunks.append(_encode(encoder, torch.from_numpy(pixels).to(device), dtype))
             keys += batch_keys
             progress.update(len(batch_keys))
+            monitoring.count(images=len(batch_keys))
     if todo:
         _write(out, todo[current], keys, chunks, encoder)
 
@@ -111,6 +134,6 @@ def _is_done(path: Path, encoder: Encoder, shard: Path) -> bool:
     try:
         found = open_features(path, verify=True)
         return found.encoder == encoder.describe() and found.shard_digest == storage.digest_file(shard)
-    except CapstanError as error:
-        print(f"{error} It is made again.", flush=True)
+    except CapstanError:
+        storage.set_aside(path)
         return False

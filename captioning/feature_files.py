@@ -33,13 +33,13 @@ def write_features(target: Path, keys: list[str], features: np.ndarray, encoder:
         file.create_dataset("features", data=features)
         file.create_dataset("keys", data=np.array(keys, dtype="S"))
         file.attrs["schema_version"] = SCHEMA_VERSION
-        file.attrs["encoder"] = json.dumps(encoder, sort_keys=True)
+        file.attrs["encoder"] = text = json.dumps(encoder, sort_keys=True)
         file.attrs["shard_digest"] = shard
-        file.attrs["digest"] = _digest(features, keys)
+        file.attrs["digest"] = _digest(features, keys, text, shard)
 
 
-def _digest(features: np.ndarray, keys: list[str]) -> str:
-    digest = xxhash.xxh3_128("\n".join(keys).encode())
+def _digest(features: np.ndarray, keys: list[str], encoder: str, shard: str) -> str:
+    digest = xxhash.xxh3_128(json.dumps([keys, encoder, shard, features.shape, features.dtype.str]).encode())
     digest.update(np.ascontiguousarray(features).data)
     return digest.hexdigest()
 
@@ -52,6 +52,7 @@ class FeatureFile:
     features: np.ndarray
     encoder: dict[str, Any]
     shard_digest: str
+    digest: str
 
 
 def open_features(path: Path, verify: bool = False) -> FeatureFile:
@@ -70,7 +71,8 @@ def open_features(path: Path, verify: bool = False) -> FeatureFile:
             dataset = file["features"]
             offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
             keys = [key.decode() for key in file["keys"][:]]
-            encoder, shard = json.loads(file.attrs["encoder"]), str(file.attrs["shard_digest"])
+            text, shard = str(file.attrs["encoder"]), str(file.attrs["shard_digest"])
+            encoder = json.loads(text)
             digest = str(file.attrs["digest"])
         if dtype != np.float16 or len(shape) != 3 or shape[0] != len(keys):
             raise CapstanError(f"{path} is damaged: {dtype} features of shape {shape} for {len(keys)} keys")
@@ -79,6 +81,6 @@ def open_features(path: Path, verify: bool = False) -> FeatureFile:
         if isinstance(error, CapstanError):
             raise
         raise CapstanError(f"{path} is damaged ({error}). Delete it and run `dvc repro` again.") from error
-    if verify and _digest(features, keys) != digest:
+    if verify and _digest(features, keys, text, shard) != digest:
         raise CapstanError(f"{path} is damaged: its bytes have another digest. Delete it and run `dvc repro` again.")
-    return FeatureFile(keys, features, encoder, shard)
+    return FeatureFile(keys, features, encoder, shard, digest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -16,6 +16,7 @@ def search_store(
     decoder: Decoder,
     store: FeatureStore,
     device: torch.device,
+    images: Sequence[int],
     batch_size: int,
     num_beams: int,
     max_length: int,
@@ -23,10 +24,10 @@ def search_store(
     no_repeat_trigram: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Hypothesis]:
-    """Beam search over all images of a store, batch by batch, in the store's order."""
+    """Beam search over images of a store, named by their positions, batch by batch, in that order."""
     decoder.eval()
-    for start in range(0, len(store), batch_size):
-        indices = range(start, min(start + batch_size, len(store)))
+    for start in range(0, len(images), batch_size):
+        indices = images[start : start + batch_size]
         features = store.gather(indices).to(device)
         yield from beam_search(decoder, features, num_beams, max_length, length_penalty, no_repeat_trigram)
         if progress:

@@ -1,7 +1,7 @@
 """A captioner on disk: a directory that captions an image with nothing else.
 
 `model.safetensors` holds the encoder's and the decoder's weights, `config.json` the architecture, the encoder and its
-transform, `vocabulary.json` the words, `training.json` how it came to be.
+transform, `vocabulary.json` the words, `training.json` how it came to be, `manifest.json` the digests of all of them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from captioning import storage
 from captioning.decoders import Decoder, DecoderConfig, build_decoder
 from captioning.encoders import Encoder, build_encoder
 from captioning.errors import CapstanError
+from captioning.tensor_files import parse_tensors
 from captioning.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 1
@@ -39,61 +40,54 @@ class Captioner:
 
 
 def save_captioner(
-    folder: Path, encoder: Encoder, decoder_state: dict[str, Tensor], config: DecoderConfig, vocabulary: Vocabulary
+    folder: Path,
+    encoder: Encoder,
+    decoder_state: dict[str, Tensor],
+    config: DecoderConfig,
+    vocabulary: Vocabulary,
+    training: dict[str, Any],
 ) -> None:
-    """Writes the model's files into `folder`; `training.json` is the caller's."""
-    from safetensors.torch import save_file
+    """Commits the complete model directory; `training` becomes `training.json`."""
+    from safetensors.torch import save
 
-    weights = {f"encoder.{k}": v.contiguous() for k, v in encoder.state_dict().items()}
-    weights |= {f"decoder.{k}": v.contiguous().clone() for k, v in decoder_state.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    with storage.atomic_write(folder / "model.safetensors") as temporary:
-        save_file({name: tensor.cpu() for name, tensor in weights.items()}, temporary)
-    vocabulary.save(folder / "vocabulary.json")
-    storage.write_json(
-        folder / "config.json",
-        {"schema_version": SCHEMA_VERSION, "encoder": encoder.describe(), "decoder": asdict(config)},
-    )
+    weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    weights |= {f"decoder.{name}": tensor for name, tensor in decoder_state.items()}
+    described = {"schema_version": SCHEMA_VERSION, "encoder": encoder.describe(), "decoder": asdict(config)}
+    with storage.commit(folder, {"schema_version": SCHEMA_VERSION}) as files:
+        files.write("model.safetensors", save({name: t.cpu().contiguous().clone() for name, t in weights.items()}))
+        for name, content in (("config", described), ("vocabulary", vocabulary.to_dict()), ("training", training)):
+            files.write(f"{name}.json", storage.dump_json(content))
 
 
 def load_captioner(folder: Path, with_encoder: bool = False) -> Captioner:
-    """Loads a model directory on CPU.
+    """Loads a model directory on CPU; every byte is compared with the directory's manifest.
 
     Raises:
         CapstanError: a file is missing, damaged, or does not fit the others; names it.
     """
-    for name in ("config.json", "vocabulary.json", "model.safetensors"):
+    for name in ("config.json", "vocabulary.json", "model.safetensors", storage.MANIFEST):
         if not (folder / name).is_file():
             raise CapstanError(f"{folder / name} is missing: {folder} is no model directory (run `dvc repro train`)")
-    config = storage.read_json(folder / "config.json")
+    manifest = storage.read_manifest(folder)
+    config, words = (
+        json.loads(storage.read_committed(folder, f"{name}.json", manifest)) for name in ("config", "vocabulary")
+    )
     if config.get("schema_version") != SCHEMA_VERSION:
         raise CapstanError(f"{folder}/config.json has schema {config.get('schema_version')}, expected {SCHEMA_VERSION}")
-    vocabulary = Vocabulary.load(folder / "vocabulary.json")
+    weights = parse_tensors(storage.read_committed(folder, "model.safetensors", manifest))
     decoder = build_decoder(DecoderConfig(**config["decoder"]))
-    _load_weights(decoder, folder, "decoder.")
+    _load_weights(decoder, weights, "decoder.", folder)
     encoder = None
     if with_encoder:
         encoder = build_encoder(config["encoder"]["name"], "random")
-        _load_weights(encoder, folder, "encoder.")
+        _load_weights(encoder, weights, "encoder.", folder)
         encoder.weights_digest = config["encoder"]["weights_digest"]
-    return Captioner(decoder.eval(), vocabulary, config, encoder)
+    return Captioner(decoder.eval(), Vocabulary.from_dict(words, folder / "vocabulary.json"), config, encoder)
 
 
-def _load_weights(module: torch.nn.Module, folder: Path, prefix: str) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "model.safetensors"
+def _load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, folder: Path) -> None:
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     try:
-        with safe_open(path, framework="pt") as file:
-            state = {
-                name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)
-            }
         module.load_state_dict(state)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise CapstanError(f"{path} is damaged or does not fit {folder}/config.json: {error!s:.300}") from error
-
-
-def read_training(folder: Path) -> dict[str, Any]:
-    """`training.json` of a model directory: resolved hyperparameters, history, command, environment."""
-    value: dict[str, Any] = json.loads((folder / "training.json").read_text("utf-8"))
-    return value
+    except RuntimeError as error:
+        raise CapstanError(f"{folder}: model.safetensors does not fit config.json: {error!s:.300}") from error

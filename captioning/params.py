@@ -20,6 +20,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 def _plain_name(name: str) -> str:
@@ -30,6 +31,15 @@ def _plain_name(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_plain_name)]
+
+
+def _address(url: str) -> str:
+    if "://" not in url and not url.startswith("$"):
+        raise ValueError("must be an apprise URL such as slack://… or $NAME_OF_AN_ENVIRONMENT_VARIABLE")
+    return url
+
+
+NotifyUrl = Annotated[str, AfterValidator(_address)]
 
 
 class Section(BaseModel):
@@ -163,6 +173,8 @@ class EncoderSettings(Section):
 
 
 class FeaturesParams(Section):
+    num_processes: Positive
+    """Share the shards; on GPUs, one process each."""
     batch_size: Positive
     num_workers: Count
     precision: Literal["fp32", "bf16", "fp16", "auto"]
@@ -184,20 +196,27 @@ class DecoderSettings(Section):
 
 
 class TrainParams(Section):
+    num_processes: Positive
+    """More than one run under torchrun and share each batch. The order of samples does not depend on it, the last
+    digits of a result do."""
     num_epochs: Positive
     batch_size: Positive
-    """Images per step; each brings all its captions."""
+    """Images per step over all processes; each brings all its captions."""
     weight_decay: Annotated[float, Field(ge=0)]
     warmup_steps: Count
     label_smoothing: Fraction
     clip_norm: Rate
     log_every_steps: Positive
-    precision: Literal["fp32", "bf16", "auto"]
+    max_skipped_steps: Count
+    """A step whose loss or gradient is not finite is skipped; after so many in a row training stops."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"]
     seed: int
     deterministic: bool
+    """Deterministic algorithms alone: the same bits in every run. Off, some are faster on a GPU."""
 
 
 class GenerateParams(Section):
+    num_processes: Positive
     num_beams: Positive
     length_penalty: float
     """Scores are divided by length ** length_penalty (0: plain log-probability)."""
@@ -247,6 +266,50 @@ class ReportParams(Section):
     num_attention_images: Count
 
 
+class RecoveryParams(Section):
+    """How much a killed run loses, and how long unfinished work is kept. Changes no result: no stage depends on it."""
+
+    checkpoint_steps: Positive
+    """Optimizer steps between checkpoints of a training run."""
+    checkpoint_minutes: Rate
+    """A checkpoint is due at the latest after so many minutes."""
+    keep_checkpoints: Annotated[int, Field(ge=2)]
+    """The last ones; each holds the best weights so far, too."""
+    max_restarts: Count
+    """How often torchrun starts all processes again when one of them died."""
+    keep_work_days: Rate
+    """Unfinished work of other settings is deleted when it is older."""
+    min_free_gb: Annotated[float, Field(ge=0)]
+    """With less free disk (GB, 10⁹ bytes), the oldest unfinished work of other settings goes first."""
+
+
+class MonitoringParams(Section):
+    """Watching the machine and the stages' pace. Changes no result, so it is no dep of any stage.
+
+    A threshold of null is off.
+    """
+
+    interval_s: Annotated[float, Field(ge=0.1)]
+    """Seconds between samples in `.work/health/<stage>.jsonl`."""
+    min_disk_free_gb: Annotated[float, Field(ge=0)] | None
+    """GB (10⁹ bytes) free on the disk of `.work`."""
+    max_ram_percent: Percent | None
+    """Of the machine's memory, or of the container's or batch job's limit."""
+    max_gpu_memory_percent: Percent | None
+    min_gpu_percent: Percent | None
+    """A stage that computes on GPUs alerts when the busiest has less load than this for `sustained_s`."""
+    max_temperature_c: Rate | None
+    max_loader_percent: Percent | None
+    """Share of time that training waits for data, over `sustained_s`."""
+    sustained_s: Annotated[float, Field(ge=0)]
+    loss_not_finite: bool
+    notify_urls: list[NotifyUrl]
+    """Where apprise sends alerts, such as `mailtos://…`, `slack://…`, `jsons://host/path`. `$NAME` stands for an
+    environment variable: passwords do not belong in git."""
+    max_file_mb: Rate
+    """A stage's file is thinned out when it outgrows this."""
+
+
 class Params(Section):
     data: DataParams
     source_settings: SourceSettings
@@ -262,6 +325,8 @@ class Params(Section):
     blip: BlipParams
     score: ScoreParams
     report: ReportParams
+    recovery: RecoveryParams
+    monitoring: MonitoringParams
 
     @model_validator(mode="after")
     def _names_have_settings(self) -> Params:

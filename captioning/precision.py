@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,8 +11,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device() -> torch.device:
-    """The GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU where there is one; of several, this process's own (torchrun numbers the processes of a host)."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def choose_precision(precision: str, device: torch.device) -> torch.dtype:
@@ -24,6 +27,12 @@ def choose_precision(precision: str, device: torch.device) -> torch.dtype:
     # torch has no public question for this; where it loses the private one, fp32 is right, only slower.
     asks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.bfloat16 if any(ask is not None and ask() for ask in asks) else torch.float32
+
+
+def describe_arithmetic(precision: str) -> list[object]:
+    """What the last digits of a result depend on besides software: device, number format, threads."""
+    device = choose_device()
+    return [device.type, str(choose_precision(precision, device)), torch.get_num_threads()]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from captioning import shards
 from captioning.annotations import Annotation, NamedBox
 from captioning.errors import CapstanError
 from captioning.paths import SPLITS
@@ -21,19 +22,15 @@ def read_ledger(path: Path, lowercase: bool) -> list[Annotation]:
     Raises:
         CapstanError: the ledger is damaged, an image id stands twice, or a split has no usable image.
     """
-    import pyarrow.parquet as parquet
-
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except Exception as error:  # pyarrow raises several types on damaged bytes
-        raise CapstanError(f"{path} is damaged ({error!s:.200}). Run `dvc repro download`.") from error
     annotations = []
-    for row in rows:
-        captions = [clean_caption(caption, lowercase) for caption in row["captions"]]
+    for row in shards.read_ledger(path):
+        captions = [clean_caption(caption, lowercase) for caption in row.captions]
         captions = [caption for caption in captions if caption]
-        if row["status"] == "success" and captions:
-            boxes = [NamedBox.model_validate(box) for box in json.loads(row["boxes"])]
-            names = {name: row[name] for name in ("image_id", "source", "split", "shard", "key")}
+        if row.status == shards.SUCCESS and captions:
+            boxes = [NamedBox.model_validate(box) for box in json.loads(row.boxes)]
+            names: dict[str, Any] = {
+                name: getattr(row, name) for name in ("image_id", "source", "split", "shard", "key")
+            }
             annotations.append(Annotation(**names, captions=captions, boxes=boxes))
     counts = Counter(annotation.image_id for annotation in annotations)
     twice = [image_id for image_id, count in counts.items() if count > 1]

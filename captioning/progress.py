@@ -14,13 +14,17 @@ LINE_INTERVAL_S = 10.0
 class Progress:
     """Counts work done. `with Progress("features", total=1000, unit="image") as progress: progress.update(32)`."""
 
-    def __init__(self, description: str, total: int | None = None, unit: str = "item", initial: int = 0) -> None:
+    def __init__(
+        self, description: str, total: int | None = None, unit: str = "item", initial: int = 0, shown: bool = True
+    ) -> None:
+        """`initial`: done by an earlier run. `shown`: False counts in silence, as processes besides the main one do."""
         self.description, self.total, self.unit = description, total, unit
         self.count = self.initial = initial
         self.started = self.last_line = time.monotonic()
         self.note = ""
+        self.shown = shown
         self.bar = None
-        if sys.stderr.isatty():
+        if shown and sys.stderr.isatty():
             self.bar = tqdm(total=total, desc=description, unit=unit, initial=initial, dynamic_ncols=True)
 
     def update(self, num: int = 1, note: str = "") -> None:
@@ -31,7 +35,7 @@ class Progress:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(num)
-        elif time.monotonic() - self.last_line >= LINE_INTERVAL_S:
+        elif self.shown and time.monotonic() - self.last_line >= LINE_INTERVAL_S:
             self._print_line()
 
     def write(self, line: str) -> None:
@@ -59,5 +63,5 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif kind is None:
+        elif self.shown and kind is None:
             self._print_line()

@@ -24,11 +24,14 @@ from captioning.shards import (
     LedgerRow,
     ShardWriter,
     digest_bytes,
+    read_ledger_metadata,
     read_ledger_part,
     scan_shard,
     write_ledger,
 )
 from captioning.sources.table import Row, table_digest
+
+TAR_DIGEST = "tar_digest"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def build_chunk(chunk: Chunk, download: DownloadParams, heartbeat: Callable[[int
     if not any(row.status == SUCCESS for row in ledger):
         chunk.tar.unlink()
     tar_digest = storage.digest_file(chunk.tar) if chunk.tar.exists() else ""
-    write_ledger(chunk.part, ledger, {"table_digest": table_digest(chunk.rows), "tar_digest": tar_digest})
+    write_ledger(chunk.part, ledger, {"table_digest": table_digest(chunk.rows), TAR_DIGEST: tar_digest})
     shutil.rmtree(raw, ignore_errors=True)
 
 
@@ -153,7 +156,7 @@ def finished_rows(chunk: Chunk) -> list[LedgerRow] | None:
         chunk.part.unlink()
         return None
     found = storage.digest_file(chunk.tar) if chunk.tar.exists() else ""
-    if found != metadata.get("tar_digest"):
+    if found != metadata.get(TAR_DIGEST):
         if chunk.tar.exists():
             _set_aside(chunk.tar)
         chunk.part.unlink()
@@ -161,9 +164,16 @@ def finished_rows(chunk: Chunk) -> list[LedgerRow] | None:
     return rows
 
 
+def tar_digests(chunks: Sequence[Chunk]) -> dict[str, str]:
+    """Digests of the tars of committed chunks, by shard; a chunk without any image has none."""
+    found = {chunk.shard: read_ledger_metadata(chunk.part)[TAR_DIGEST] for chunk in chunks}
+    return {shard: digest for shard, digest in found.items() if digest}
+
+
 def _set_aside(path: Path) -> None:
     aside = path.parent.parent / "corrupt" / f"{path.name}.corrupt"
     aside.parent.mkdir(exist_ok=True)
+    path.chmod(0o644)  # as `storage.set_aside` does, so that DVC looks at its own link to the same bytes
     os.replace(path, aside)
     print(f"{path.name} was damaged: set aside as {aside}, made anew", flush=True)
 

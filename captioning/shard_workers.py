@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock
 
 from captioning.errors import CapstanError
+from captioning.orphans import die_with_parent
 from captioning.params import DownloadParams
 from captioning.progress import Progress
 from captioning.shard_builder import Chunk, build_chunk
@@ -48,6 +49,7 @@ class _Worker:
 
 def work(pipe: Connection, download: DownloadParams, log: Path) -> None:
     """A worker process's life: chunks come through the pipe, signs of life and results go back."""
+    die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     with log.open("a") as file:  # img2dataset and its libraries print a lot
         os.dup2(file.fileno(), 1)

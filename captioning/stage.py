@@ -1,31 +1,47 @@
-"""What every stage's `main()` shares: a clear end for errors that a user can mend, and a record of its time."""
+"""What every stage's `main()` shares: signals, health, a clear end for errors that a user can mend, its time."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from captioning.params import Params
 
 # Read when torch loads OpenMP, so set before. Threads that spin while they wait for each other are three times slower
 # as soon as anything else (a loader's worker, another stage) wants a core: 2.9 s against 0.9 s a training step.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+GIGABYTE = 10**9
+
 
 def run(main: Callable[[], None]) -> None:
     """Calls a stage's `main` as `run_command` does, and records how long it took."""
+    from captioning.interruption import raise_on_signals
+    from captioning.orphans import die_with_parent
+
+    if "DVC_STAGE" in os.environ or _is_rank():
+        die_with_parent()  # with SIGTERM, so that it saves; DVC would delete what an orphan publishes
+    raise_on_signals()
     started = time.monotonic()
     run_command(main)
-    _record_time(_stage_name(), time.monotonic() - started)
+    if os.environ.get("RANK", "0") == "0":
+        _record_time(_stage_name(), time.monotonic() - started)
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Calls `main`. A `CapstanError` is printed without a traceback and ends with exit code 1."""
     from captioning.errors import CapstanError
+    from captioning.interruption import Interrupted
 
     # torch asks for a package that DVCLive installs under its old name; a user can do nothing about it.
     warnings.filterwarnings("ignore", "The pynvml package is deprecated", FutureWarning)
@@ -33,10 +49,51 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except CapstanError as error:
         print(f"error: {error}", file=sys.stderr)
+        if _is_rank():
+            os.kill(os.getppid(), signal.SIGTERM)  # torchrun would only run into the same error again
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was published; run `dvc repro` again to go on", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Interrupted) as error:
+        number, note = getattr(error, "number", signal.SIGINT), getattr(error, "note", "")
+        if os.environ.get("RANK", "0") == "0":
+            kept = note or "finished parts are kept"
+            print(f"interrupted: {kept}; `dvc repro` goes on from there", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+@contextmanager
+def running(params: Params) -> Iterator[None]:
+    """Around a stage's work: clears away old work in progress, and watches the machine's health."""
+    from captioning import monitoring, paths, work
+
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    work.prune(params.recovery.keep_work_days, int(params.recovery.min_free_gb * GIGABYTE))
+    with monitoring.watch(_stage_name(), params.monitoring, paths.work_root() / "health"):
+        yield
+
+
+def run_processes(num_processes: int, max_restarts: int) -> bool:
+    """Starts this stage's command again in several processes, if several are asked for and this is not one of them.
+
+    Returns:
+        Whether it did: then all is done. Exits where they failed.
+    """
+    several = num_processes > 1 or "PET_NNODES" in os.environ
+    if _is_rank() or not several:
+        return False
+    from captioning.distributed import launch
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun has its own handlers
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = launch(f"stages.{Path(sys.argv[0]).stem}", sys.argv[1:], num_processes, max_restarts)
+    if status:
+        sys.exit(status)
+    return True
+
+
+def _is_rank() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _stage_name() -> str:

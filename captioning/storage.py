@@ -1,22 +1,23 @@
-"""Files that are whole or absent: digests, atomic writes, and work that is published by one rename."""
+"""Files that are whole or absent, and known to be unchanged: digests, atomic writes, committed folders, parts."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from captioning import paths
-from captioning.errors import CapstanError
+from captioning.errors import CapstanError, DamagedError
 
 CHUNK = 1 << 22
+MANIFEST = "manifest.json"
 
 
 def digest_file(path: Path) -> str:
@@ -38,27 +39,6 @@ def digest_tree(path: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(stage: str, params: Any, inputs: list[Path], packages: list[str] | None = None) -> str:
-    """A name for work in progress: changed params, inputs or libraries never find each other's work.
-
-    Args:
-        params: anything JSON can write; the stage's resolved params.
-        inputs: files and directories whose contents matter.
-        packages: distributions whose versions matter.
-    """
-    versions = {name: version(name) for name in packages or []}
-    inputs_digests = {str(path): digest_tree(path) for path in inputs}
-    text = json.dumps([stage, params, inputs_digests, versions], sort_keys=True, default=str)
-    return xxhash.xxh3_128_hexdigest(text.encode())[:16]
-
-
-def work_folder(stage: str, name: str) -> Path:
-    """`.work/<stage>/<name>`, made if needed; it survives a killed run (and DVC, which deletes outs)."""
-    folder = paths.work_root() / stage / name
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -71,7 +51,7 @@ def _fsync(path: Path) -> None:
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there becomes `target` whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.tmp")  # one writer a target, so a killed one's leftover is replaced
     try:
         yield temporary
         _fsync(temporary)
@@ -84,7 +64,12 @@ def atomic_write(target: Path) -> Iterator[Path]:
 def write_json(target: Path, value: Any, indent: int | None = 1) -> None:
     """Writes JSON atomically, keys in the order given, ending with a newline."""
     with atomic_write(target) as temporary:
-        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        temporary.write_bytes(dump_json(value, indent))
+
+
+def dump_json(value: Any, indent: int | None = 1) -> bytes:
+    """JSON as all our files have it. Raises ValueError: a number that is not finite."""
+    return (json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:
@@ -99,28 +84,182 @@ def read_json(path: Path) -> Any:
         raise CapstanError(f"{path} is not valid JSON ({error}). Remake it or fetch it again.") from error
 
 
-def publish(built: Path, target: Path) -> None:
-    """Moves a finished directory or file into place with one rename, after its bytes are on disk."""
-    for file in [built] if built.is_file() else sorted(p for p in built.rglob("*")):
-        _fsync(file)
+@dataclass(frozen=True)
+class Commit:
+    """A folder under construction: every file passes through `write`, which keeps its size and digest."""
+
+    folder: Path
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def write(self, name: str, content: bytes | memoryview | mmap) -> None:
+        """Writes one file and fsyncs it. The digest is of the memory, so a bad write is found by the next `verify`."""
+        with (self.folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self.files[name] = {"num_bytes": len(content), "digest": xxhash.xxh3_128_hexdigest(content)}
+
+
+@contextmanager
+def commit(target: Path, about: dict[str, Any]) -> Iterator[Commit]:
+    """A folder that appears whole, with a manifest by which `verify` finds any change; there is one writer at a time.
+
+    Files are on disk before the manifest, the manifest before the rename, the rename before this returns.
+
+    Args:
+        about: what the manifest says besides; anything JSON can write.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if built.is_dir():
-        _fsync(built)
-        if target.exists():
-            shutil.rmtree(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    remove(temporary)
+    temporary.mkdir()
     try:
-        os.replace(built, target)
+        work = Commit(temporary)
+        yield work
+        content = {"about": about, "files": work.files}
+        sealed = {**content, "digest": _seal(content)}
+        with (temporary / MANIFEST).open("w") as file:
+            file.write(json.dumps(sealed, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _fsync(temporary)
+        remove(target)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def _seal(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a committed folder: `about`, `files` with their sizes and digests, and a `digest` of all that.
+
+    Raises:
+        DamagedError: there is none, or it is damaged.
+    """
+    try:
+        found = json.loads((folder / MANIFEST).read_text("utf-8"))
+        if found["digest"] == _seal({"about": found["about"], "files": found["files"]}):
+            return dict(found)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        pass
+    raise DamagedError(f"{folder}: {MANIFEST} is missing or damaged")
+
+
+def read_committed(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """A file's bytes, verified: what is returned is what was committed.
+
+    Raises:
+        DamagedError: the file is missing or has other bytes.
+    """
+    expected = manifest["files"].get(name)
+    try:
+        content = (folder / name).read_bytes()
     except OSError as error:
-        if error.errno != 18:  # EXDEV: `dvc exp run --temp` may run on another filesystem
-            raise
-        staged = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(staged, ignore_errors=True)
-        (shutil.copytree if built.is_dir() else shutil.copy2)(built, staged)
-        os.replace(staged, target)
-        shutil.rmtree(built) if built.is_dir() else built.unlink()
+        raise DamagedError(f"{folder / name} cannot be read ({error.strerror})") from error
+    if expected is None or xxhash.xxh3_128_hexdigest(content) != expected["digest"]:
+        raise DamagedError(f"{folder / name} is damaged: its bytes have another digest")
+    return content
+
+
+def verify(folder: Path) -> int:
+    """Compares every file of a committed folder with the manifest, and returns the number of bytes.
+
+    Raises:
+        DamagedError: names what is missing, damaged or too much.
+    """
+    manifest = read_manifest(folder)
+    strays = {path.name for path in folder.iterdir()} - set(manifest["files"]) - {MANIFEST}
+    if strays:
+        raise DamagedError(f"{folder} holds {min(strays)}, which was not committed with it")
+    return sum(len(read_committed(folder, name, manifest)) for name in manifest["files"])
+
+
+def write_part(target: Path, rows: Iterable[Any], about: Any) -> None:
+    """Finished items, one JSON value a line, and a last line with the digest of all before it."""
+    lines = [json.dumps({"about": about}), *(json.dumps(row, ensure_ascii=False) for row in rows)]
+    body = "".join(f"{line}\n" for line in lines).encode()
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(body + f"{xxhash.xxh3_128_hexdigest(body)}\n".encode())
+
+
+def read_part(path: Path, about: Any) -> list[Any] | None:
+    """What `write_part` wrote; None where there is nothing, or what is there is of something else.
+
+    A damaged part is set aside and named.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    body, digest = content[:-33], content[-33:]
+    if digest != f"{xxhash.xxh3_128_hexdigest(body)}\n".encode():
+        set_aside(path)
+        return None
+    first, *rows = [json.loads(line) for line in body.splitlines()]
+    return rows if first == {"about": json.loads(json.dumps(about))} else None
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a finished file into place, on the same filesystem, after its bytes are on disk."""
+    _fsync(source)
+    os.replace(source, target)
     _fsync(target.parent)
 
 
-def discard_work(stage: str, name: str) -> None:
-    """Forgets a work folder once its result is published."""
-    shutil.rmtree(paths.work_root() / stage / name, ignore_errors=True)
+def set_aside(path: Path) -> Path:
+    """Renames a damaged file or folder to `<name>.corrupt` beside it, and says so; it is never used again."""
+    aside = path.with_name(f"{path.name}.corrupt")
+    remove(aside)
+    if path.is_file():  # a hard link to DVC's cache, maybe: DVC takes a read-only file there for whole without looking
+        path.chmod(0o644)
+    os.replace(path, aside)
+    print(f"{path} was damaged: set aside as {aside.name}, made anew", flush=True)
+    return aside
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a whole folder; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def publish(built: Path, target: Path, names: Sequence[str] | None = None) -> None:
+    """Gives `target` the content of `built` with one rename, after its bytes are on disk.
+
+    `built` stays: where a kill comes before DVC has recorded the stage, DVC deletes the outs and runs it again. Files
+    are shared by hard links where the filesystem can, so this costs no space; nobody writes into them any more.
+
+    Args:
+        names: of a folder, these files alone; None: all.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.tmp")
+    remove(staged)
+    if names is not None:
+        staged.mkdir()
+        for name in names:
+            _link(built / name, staged / name)
+    elif built.is_dir():
+        shutil.copytree(built, staged, copy_function=_link)
+    else:
+        _link(built, staged)
+    for path in [staged] if staged.is_file() else [*sorted(staged.rglob("*")), staged]:
+        _fsync(path)
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(staged, target)
+    _fsync(target.parent)
+
+
+def _link(source: Any, target: Any) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another filesystem (`dvc exp run --temp`), or one without hard links
+        shutil.copy2(source, target)

@@ -1,9 +1,10 @@
-"""The training loop: teacher forcing on cached features, validation by loss and free-running CIDEr-D each epoch."""
+"""Training a decoder: teacher forcing on cached features, validation by loss and free-running CIDEr-D each epoch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,38 +12,29 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from captioning.datasets import CaptionBatches, epoch_order
+from captioning import monitoring
+from captioning.datasets import CaptionBatches, Share, epoch_order
 from captioning.decoders import Decoder
-from captioning.errors import CapstanError
+from captioning.distributed import ALONE, World
 from captioning.evaluation import GreedyCider, evaluate_loss
+from captioning.loop import Journal, Outcome
+from captioning.optimization import Stepper, build_adamw, seed_step
 from captioning.params import TrainParams
 from captioning.precision import autocast, choose_device, choose_precision
-from captioning.progress import Progress
 from captioning.schedules import cosine_with_warmup
 
-Log = Callable[[int, dict[str, float]], None]
-"""Receives the optimizer step and metrics by name."""
+BETAS = (0.9, 0.999)
 
 
-def seed_everything(seed: int, deterministic: bool) -> torch.Generator:
-    """Seeds torch's global generator and makes a further one for loaders; same seed, same run."""
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seeds torch's global generator, which draws the first weights; same seed, same run."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU ask for
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
     # No result depends on uninitialised memory; to fill it costs time at every allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = not deterministic
-    return torch.Generator().manual_seed(seed)
-
-
-def build_optimizer(decoder: Decoder, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (biases and embeddings are left alone)."""
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in decoder.named_parameters():
-        (decayed if parameter.ndim > 1 and "embedding" not in name else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, fused=True)
 
 
 @dataclass
@@ -59,8 +51,10 @@ class Best:
             self.cider, self.epoch, self.state = cider, epoch, state
 
 
-class Trainer:
-    """Trains one decoder. `run()` returns the best epoch's weights; `history` has a record an epoch."""
+class DecoderTask:
+    """One decoder's training, as `captioning.loop` runs it. `history`: a record an epoch; `best`: the best weights."""
+
+    name = "train"
 
     def __init__(
         self,
@@ -70,76 +64,71 @@ class Trainer:
         val_cider: GreedyCider,
         settings: TrainParams,
         learning_rate: float,
-        log: Log,
+        journal: Journal,
+        world: World = ALONE,
     ) -> None:
         self.device = choose_device()
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
-        self.settings, self.learning_rate, self.log = settings, learning_rate, log
-        self.optimizer = build_optimizer(decoder, learning_rate, settings.weight_decay)
-        self.num_steps = settings.num_epochs * len(train)
-        self.step = 0
+        self.settings, self.journal, self.world = settings, journal, world
+        self.num_epochs, self.steps_per_epoch = settings.num_epochs, len(train)
+        optimizer = build_adamw(list(decoder.named_parameters()), learning_rate, settings.weight_decay, BETAS)
+        self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
 
-    def run(self) -> Best:
-        """All epochs. Raises CapstanError where the loss is no longer finite."""
-        with Progress("train", total=self.num_steps, unit="step") as progress:
-            for epoch in range(self.settings.num_epochs):
-                loss = self.train_one_epoch(epoch, progress)
-                self._validate(epoch, loss, progress)
-        return self.best
+    def batches(self, epoch: int, first: int) -> Iterator[Share]:
+        order = epoch_order(len(self.train.captions), self.settings.seed, epoch)
+        return self.train.epoch(order, first, self.world)
 
-    def train_one_epoch(self, epoch: int, progress: Progress) -> float:
-        """Returns the epoch's mean loss a token, label smoothing included."""
+    def train_step(self, share: Share, step: int, stop: bool) -> Outcome:
+        """The loss is the whole batch's mean a token, label smoothing included, whatever the number of processes."""
         self.decoder.train()
-        total, num_tokens = 0.0, 0
-        for batch in self.train.epoch(epoch_order(len(self.train.captions), self.settings.seed, epoch)):
-            loss = self.train_step(batch.to(self.device))
-            total, num_tokens = total + loss * batch.num_tokens, num_tokens + batch.num_tokens
-            progress.update(note=f"loss {loss:.3f}")
-            if self.step % self.settings.log_every_steps == 0:
-                rate = self.optimizer.param_groups[0]["lr"]
-                self.log(self.step, {"train/loss": loss, "train/learning_rate": rate})
-        return total / num_tokens
+        seed_step(self.settings.seed, step, self.world.rank)
+        num_steps = self.num_epochs * self.steps_per_epoch
+        factor = cosine_with_warmup(step, self.settings.warmup_steps, num_steps)
+        value, finite, stop = self.stepper.step(self._loss(share), factor, stop)
+        if (step + 1) % self.settings.log_every_steps == 0:
+            rate = self.stepper.optimizer.param_groups[0]["lr"]
+            self.journal(step + 1, {"train/loss": value, "train/learning_rate": rate})
+        if share.batch is not None:
+            monitoring.count(images=len(share.batch.features), tokens=share.batch.num_tokens)
+        return Outcome(value, share.num_tokens, finite, stop)
 
-    def train_step(self, batch: Any) -> float:
-        """One optimizer step; returns the batch's mean loss a token."""
-        settings = self.settings
-        factor = cosine_with_warmup(self.step, settings.warmup_steps, self.num_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * factor
+    def _loss(self, share: Share) -> Tensor | None:
+        if share.batch is None:
+            return None
+        batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
             logits = self.decoder(batch)
-        loss = functional.cross_entropy(
-            logits.float(), batch.packed_targets, label_smoothing=settings.label_smoothing
+        total = functional.cross_entropy(
+            logits.float(), batch.packed_targets, label_smoothing=self.settings.label_smoothing, reduction="sum"
         )  # Szegedy et al. 2016, section 7
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), settings.clip_norm)
-        self.optimizer.step()
-        self.step += 1
-        value = loss.item()
-        if not math.isfinite(value):
-            raise CapstanError(f"the loss is {value} at step {self.step}: lower the learning rate or train.clip_norm")
-        return value
+        return total / share.num_tokens
 
-    def _validate(self, epoch: int, train_loss: float, progress: Progress) -> None:
-        val_loss = evaluate_loss(self.decoder, self.val, self.device)
-        cider = self.val_cider(self.decoder, self.device)
+    def evaluate(self) -> tuple[float, float]:
+        """Validation loss and CIDEr-D."""
+        loss = evaluate_loss(self.decoder, self.val, self.device, self.world)
+        return loss, self.val_cider(self.decoder, self.device, self.world)
+
+    def end_epoch(self, epoch: int, step: int, mean_loss: float, found: tuple[float, float]) -> str:
+        val_loss, cider = found
         self.best.offer(cider, epoch, self.decoder)
-        self.log(self.step, {"val/loss": val_loss, "val/CIDEr": cider})
-        record = {
-            "epoch": epoch + 1,
-            "step": self.step,
-            "train_loss": train_loss,
-            "val_loss": val_loss,
-            "val_CIDEr": cider,
-        }
+        self.journal(step, {"val/loss": val_loss, "val/CIDEr": cider})
+        record = {"epoch": epoch + 1, "step": step, "train_loss": mean_loss, "val_loss": val_loss, "val_CIDEr": cider}
         self.history.append(record)
         star = " (best)" if self.best.epoch == epoch else ""
-        progress.write(
-            f"epoch {epoch + 1}/{self.settings.num_epochs}: train loss {train_loss:.3f}, "
-            f"val loss {val_loss:.3f}, val CIDEr {cider:.3f}{star}"
-        )
+        return f"train loss {mean_loss:.3f}, val loss {val_loss:.3f}, val CIDEr {cider:.3f}{star}"
+
+    def state_dict(self) -> dict[str, Any]:
+        best = {"cider": self.best.cider, "epoch": self.best.epoch, "state": self.best.state}
+        parts = {"decoder": self.decoder.state_dict(), "stepper": self.stepper.state_dict()}
+        return {**parts, "best": best, "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.decoder.load_state_dict(state["decoder"])
+        self.stepper.load_state_dict(state["stepper"])
+        best = state["best"]
+        self.best = Best(best["cider"], best["epoch"], {name: value.clone() for name, value in best["state"].items()})
+        self.history = state["history"]

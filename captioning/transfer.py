@@ -39,15 +39,36 @@ def download(url: str, target: Path, sha256: str | None) -> Path:
     if target.exists() and note.exists():
         if _digest(target) == note.read_text("ascii").strip() and (sha256 is None or note_matches(note, sha256)):
             return target
-        set_aside(target)
+        storage.set_aside(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
+    if not _was_checked(part, note, sha256):
+        _fetch(url, part)
+        found = _digest(part)
+        _check_pin(url, part, found, sha256)
+        with storage.atomic_write(note) as temporary:
+            temporary.write_text(found + "\n", "ascii")
+        if sha256 is None:
+            print(f"{target.name}: sha256 {found} (not pinned; put it into params.yaml to pin it)", flush=True)
+    storage.move(part, target)
+    _metadata(part).unlink(missing_ok=True)
+    return target
+
+
+def _was_checked(part: Path, note: Path, sha256: str | None) -> bool:
+    """Whether a run was killed between the check of a whole file and its renaming."""
+    if not (part.exists() and note.exists()):
+        return False
+    return _digest(part) == note.read_text("ascii").strip() and (sha256 is None or note_matches(note, sha256))
+
+
+def _fetch(url: str, part: Path) -> None:
+    """Fetches all of `url` into `part`, in as many transfers as it takes while they move on."""
     attempt = 0
     while True:
         size = _size(part)
         try:
-            _transfer(url, part)
-            break
+            return _transfer(url, part)
         except (_Retry, TimeoutError, ConnectionError, http.client.HTTPException, urllib.error.URLError) as error:
             attempt = 1 if _size(part) > size else attempt + 1  # a transfer that moves on is not given up
             if attempt == NUM_ATTEMPTS:
@@ -56,27 +77,10 @@ def download(url: str, target: Path, sha256: str | None) -> Path:
                     f"at byte {_size(part):,}, or fetch it by hand and set `root` to its folder."
                 ) from error
             time.sleep(BACKOFF_S * 2 ** (attempt - 1))
-    found = _digest(part)
-    _check_pin(url, part, found, sha256)
-    _metadata(part).unlink(missing_ok=True)
-    with storage.atomic_write(note) as temporary:
-        temporary.write_text(found + "\n", "ascii")
-    storage.publish(part, target)
-    if sha256 is None:
-        print(f"{target.name}: sha256 {found} (not pinned; put it into params.yaml to pin it)", flush=True)
-    return target
 
 
 def note_matches(note: Path, sha256: str) -> bool:
     return note.read_text("ascii").strip() == sha256.lower()
-
-
-def set_aside(path: Path) -> Path:
-    """Renames a damaged file to `*.corrupt`, so that it is never used and can be looked at."""
-    aside = path.with_name(path.name + ".corrupt")
-    os.replace(path, aside)
-    print(f"{path} is damaged: set aside as {aside.name}", flush=True)
-    return aside
 
 
 def _check_pin(url: str, part: Path, found: str, sha256: str | None) -> None:
@@ -128,7 +132,9 @@ def _transfer(url: str, part: Path) -> None:
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
-        if error.code == 416:  # the rest is empty or the file has changed: start over
+        if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{_size(part)}":
+            return  # nothing is missing: an earlier run was killed after the last byte
+        if error.code == 416:  # the file has changed: start over
             part.unlink(missing_ok=True)
             raise _Retry("the server does not have the range that is missing") from error
         if error.code in _TRANSIENT:

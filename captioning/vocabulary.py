@@ -7,6 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from captioning import storage
 from captioning.errors import CapstanError
@@ -67,25 +68,26 @@ class Vocabulary:
                 words.append(self.words[token_id])
         return " ".join(words)
 
+    def to_dict(self) -> dict[str, Any]:
+        """All there is, as JSON can write it."""
+        shape = {"lowercase": self.lowercase, "max_length": self.max_length}
+        return {"schema_version": SCHEMA_VERSION, **shape, "words": self.words}
+
+    @classmethod
+    def from_dict(cls, tree: Any, origin: Path) -> Vocabulary:
+        """The reverse of `to_dict`.
+
+        Raises:
+            CapstanError: not a vocabulary, or of another schema; names `origin`.
+        """
+        if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION:
+            raise CapstanError(f"{origin} is not a vocabulary of schema {SCHEMA_VERSION}. Run `dvc repro prepare`.")
+        return cls(tree["words"], tree["max_length"], tree["lowercase"])
+
     def save(self, path: Path) -> None:
-        storage.write_json(
-            path,
-            {
-                "schema_version": SCHEMA_VERSION,
-                "lowercase": self.lowercase,
-                "max_length": self.max_length,
-                "words": self.words,
-            },
-        )
+        storage.write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: Path) -> Vocabulary:
-        """Reads `vocabulary.json`.
-
-        Raises:
-            CapstanError: the file is damaged or of another schema.
-        """
-        tree = storage.read_json(path)
-        if not isinstance(tree, dict) or tree.get("schema_version") != SCHEMA_VERSION:
-            raise CapstanError(f"{path} is not a vocabulary of schema {SCHEMA_VERSION}. Run `dvc repro prepare`.")
-        return cls(tree["words"], tree["max_length"], tree["lowercase"])
+        """Reads `vocabulary.json`. Raises CapstanError: the file is damaged or of another schema."""
+        return cls.from_dict(storage.read_json(path), path)

@@ -1,67 +1,77 @@
 """Captions the test split with BLIP: `python -m stages.blip`.
 
 `blip.weights` is a name on the Hugging Face hub, a local folder, or `train`: a small BLIP is then built and trained on
-the train split here (about 90 s on 2 CPU cores for the embedded data). Writes data/captions/blip.json.
+the train split here (about 90 s on 2 CPU cores for the embedded data). Writes data/captions/blip.json. A killed run
+goes on at its last checkpoint, or at the next batch of images to caption.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage
-from captioning.annotations import load_annotations, load_images
+from captioning import paths, stage, storage, tracked
+from captioning.annotations import Annotation, load_annotations, load_images
 from captioning.errors import CapstanError
-from captioning.params import SmallBlip, load_params
+from captioning.params import RecoveryParams, SmallBlip, load_params
+from captioning.work import Work, fingerprint, open_work
 
 if TYPE_CHECKING:
     from captioning.blip import BlipCaptioner
+    from captioning.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "safetensors")
 
 
 def train_captioner(
+    work: Work,
     *,
+    name: str,
     shards: Path,
-    prepared: Path,
+    train: list[Annotation],
+    vocabulary: Vocabulary,
     small: SmallBlip,
     prompt: str,
+    longest: int,
     batch_size: int,
     precision: str,
-    max_length: int,
     seed: int,
+    recovery: RecoveryParams,
 ) -> BlipCaptioner:
-    """Builds and trains the small BLIP on the train split. The same seed gives the same captions on the same machine.
+    """Builds and trains the small BLIP, from its newest checkpoint in `work` on if there is one.
+
+    Args:
+        name: the fingerprint of all that the weights depend on.
+        longest: the longest caption in words, with its prompt.
 
     Raises:
-        CapstanError: no train images, or sizes that do not fit each other.
+        CapstanError: sizes that do not fit each other, or losses that are not finite.
+        Interrupted: on SIGTERM or SIGINT, after the state was saved.
     """
     import torch
 
     from captioning.blip import iterate_images
-    from captioning.blip_training import as_captioner, build_small_blip, store_pixels, train_small_blip
-    from captioning.vocabulary import Vocabulary
+    from captioning.blip_training import MAX_SKIPPED_STEPS, BlipTask, as_captioner, build_small_blip, store_pixels
+    from captioning.checkpoints import Checkpointer
+    from captioning.loop import Journal, Loop
 
-    vocabulary = Vocabulary.load(prepared / paths.VOCABULARY.name)
-    train_file = prepared / paths.split_annotations("train").name
-    train = [annotation for annotation in load_annotations(train_file) if annotation.captions]
-    if not train:
-        raise CapstanError(f"{train_file} has no captions to train BLIP on")
     captions = [[vocabulary.encode(text)[: vocabulary.max_length] for text in image.captions] for image in train]
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic products on a GPU ask for
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
-    longest = max(vocabulary.max_length, max_length + len(vocabulary.encode(prompt)))
     model = build_small_blip(small, vocabulary, longest)
-    name = storage.fingerprint("blip", [SCHEMA_VERSION, small.image_px], [shards / paths.LEDGER.name, train_file])
     rows = {image.image_id: row for row, image in enumerate(train)}
-    target = storage.work_folder("blip", name) / "pixels.npy"
-    pixels = store_pixels(target, iterate_images(shards, train), rows, small.image_px)
-    losses = train_small_blip(model, pixels, captions, small, batch_size, precision, seed)
+    target = work.folder / "pixels.npy"
+    load_pixels = partial(store_pixels, target, lambda: iterate_images(shards, train), rows, small.image_px)
+    task = BlipTask(model, load_pixels, captions, small, batch_size, precision, seed)
+    keeper = Checkpointer(work.folder / "checkpoints", name, recovery, work.lock)
+    Loop(task, Journal(lambda step, metrics: None), MAX_SKIPPED_STEPS, keeper).run()
+    target.unlink(missing_ok=True)  # large, and the last checkpoint is on disk
+    losses = task.losses
     print(f"blip: trained {len(losses)} epochs on {len(train)} images, loss {losses[0]:.3f} → {losses[-1]:.3f}")
-    storage.discard_work("blip", name)
     return as_captioner(model, small, vocabulary, prompt)
 
 
@@ -78,48 +88,99 @@ def blip(
     num_beams: int,
     max_length: int,
     seed: int,
+    recovery: RecoveryParams,
 ) -> None:
     """Captions every image of the test split and writes COCO results, sorted by image_id, to `out`.
 
     Raises:
         CapstanError: no test images, shards that do not fit them, or weights that cannot be had.
+        Interrupted: on SIGTERM or SIGINT; what is finished is kept.
     """
-    from captioning.blip import TRAIN, caption_images, iterate_images, load_pretrained
+    from captioning.blip import TRAIN, caption_images, find_weights, load_pretrained, weight_files
 
     images_file = prepared / paths.IMAGES.name
     test = [image for image in load_images(images_file) if image.split == "test"]
     if not test:
         raise CapstanError(f"{images_file} has no image of the test split: set the sources' test_fraction")
+    training: dict[str, Any] = {"small": small, "batch_size": batch_size, "precision": precision, "seed": seed}
     if weights == TRAIN:
-        captioner = train_captioner(
-            shards=shards,
-            prepared=prepared,
-            small=small,
+        training |= _training_inputs(prepared, prompt, max_length)
+        name = _training_fingerprint(shards, prepared, **training)
+    else:
+        folder = find_weights(weights)
+        name = fingerprint("blip", {"weights": weights}, weight_files(folder), PACKAGES)
+    with open_work("blip", name, about={"weights": weights, "seed": seed}) as work:
+        if weights == TRAIN:
+            build = partial(
+                train_captioner, work, name=name, shards=shards, prompt=prompt, recovery=recovery, **training
+            )
+        else:
+            build = partial(load_pretrained, str(folder), prompt)
+        captions = caption_images(
+            build,
+            shards,
+            test,
+            work.folder / "parts",
             prompt=prompt,
             batch_size=batch_size,
             precision=precision,
+            num_beams=num_beams,
             max_length=max_length,
-            seed=seed,
         )
-    else:
-        captioner = load_pretrained(weights, prompt)
-    captions = caption_images(
-        captioner, iterate_images(shards, test), len(test), batch_size, precision, num_beams, max_length
-    )
-    storage.write_json(out, [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)])
+        results = [{"image_id": image_id, "caption": captions[image_id]} for image_id in sorted(captions)]
+        storage.write_json(out, results)
+        work.published()
+
+
+def _training_inputs(prepared: Path, prompt: str, max_length: int) -> dict[str, Any]:
+    """What training reads, and the longest caption that the model must be able to hold."""
+    from captioning.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary.load(prepared / paths.VOCABULARY.name)
+    train_file = prepared / paths.split_annotations("train").name
+    train = [annotation for annotation in load_annotations(train_file) if annotation.captions]
+    if not train:
+        raise CapstanError(f"{train_file} has no captions to train BLIP on")
+    longest = max(vocabulary.max_length, max_length + len(vocabulary.encode(prompt)))
+    return {"train": train, "vocabulary": vocabulary, "longest": longest}
+
+
+def _training_fingerprint(
+    shards: Path,
+    prepared: Path,
+    *,
+    small: SmallBlip,
+    longest: int,
+    batch_size: int,
+    precision: str,
+    seed: int,
+    **_: object,
+) -> str:
+    """Of what the weights depend on. How captions are then made stands in each of their parts."""
+    import torch
+
+    from captioning.precision import choose_device, choose_precision
+
+    device = choose_device()
+    numbers = [str(device), str(choose_precision(precision, device)), torch.get_num_threads()]
+    settings = [small.model_dump(), longest, batch_size, seed, numbers]
+    names = (paths.split_annotations("train").name, paths.VOCABULARY.name)
+    return fingerprint("blip", settings, [shards / paths.LEDGER.name, *(prepared / n for n in names)], PACKAGES)
 
 
 def main() -> None:
     argparse.ArgumentParser(prog="python -m stages.blip", description=__doc__).parse_args()
     params = load_params()
-    for path in (paths.IMAGES, paths.VOCABULARY):
-        paths.require(path, "prepare")
-    blip(
-        shards=paths.require(paths.LEDGER, "download").parent,
-        prepared=paths.require(paths.split_annotations("train"), "prepare").parent,
-        out=paths.captions("blip"),
-        **{name: getattr(params.blip, name) for name in type(params.blip).model_fields},
-    )
+    with stage.running(params):
+        for path in (paths.IMAGES, paths.VOCABULARY, paths.split_annotations("train")):
+            tracked.require(path, "prepare")
+        blip(
+            shards=paths.require(paths.LEDGER, "download").parent,
+            prepared=paths.PREPARED,
+            out=paths.captions("blip"),
+            recovery=params.recovery,
+            **{name: getattr(params.blip, name) for name in type(params.blip).model_fields},
+        )
 
 
 if __name__ == "__main__":

@@ -8,17 +8,18 @@ Reads params.yaml (data, source_settings, download); writes data/shards/NNNNN.ta
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-import captioning
 from captioning import paths, stage, storage
 from captioning.errors import CapstanError
 from captioning.params import DownloadParams, SourceSettings, load_params
-from captioning.shard_builder import finished_rows, forget_transient, make_chunks
+from captioning.shard_builder import finished_rows, forget_transient, make_chunks, tar_digests
 from captioning.shard_workers import build_chunks
-from captioning.shards import SUCCESS, LedgerRow, summarise, write_ledger
+from captioning.shards import SUCCESS, TARS, LedgerRow, summarise, write_ledger
 from captioning.sources import build_table
 from captioning.sources.table import check_table
+from captioning.work import fingerprint, open_work
 
 STAGE = "download"
 
@@ -34,20 +35,28 @@ def download(*, sources: list[str], source_settings: SourceSettings, download: D
     """
     used = {name: getattr(source_settings, name, None) for name in sources}
     settings = {name: value and value.model_dump(mode="json") for name, value in used.items()}
-    name = storage.fingerprint(STAGE, [settings, download.model_dump()], _code(), ["pillow", "numpy"])
-    folder = storage.work_folder(STAGE, name)
+    name = fingerprint(STAGE, [settings, download.model_dump()], packages=["pillow", "numpy"])
+    with open_work(STAGE, name, about={"sources": settings, "download": download.model_dump()}) as work:
+        shards = build_shards(sources, source_settings, download, work.folder)
+        storage.publish(shards, target)
+        work.published()
+
+
+def build_shards(sources: list[str], source_settings: SourceSettings, download: DownloadParams, folder: Path) -> Path:
+    """Makes what is not yet there; returns the folder of shards and ledger, with nothing else in it."""
     table = build_table(sources, source_settings, folder / "sources", download.seed)
     check_table(table)
     chunks = make_chunks(table, download.samples_per_shard, folder)
     missing = [chunk for chunk in chunks if finished_rows(chunk) is None]
     if len(missing) < len(chunks):
-        print(f"{len(chunks) - len(missing)} of {len(chunks)} shards are there already and verified", flush=True)
+        num_done = len(chunks) - len(missing)
+        print(f"resumed: {num_done} of {len(chunks)} shards verified, {len(missing)} left", flush=True)
     if missing:
         build_chunks(missing, download, folder)
     rows = [row for chunk in chunks for row in finished_rows(chunk) or []]
     assert len(rows) == len(table), "every row has an outcome"
     ledger = folder / "shards" / paths.LEDGER.name
-    write_ledger(ledger, rows)
+    write_ledger(ledger, rows, {TARS: json.dumps(tar_digests(chunks))})
     print("\n".join(summarise(rows)), flush=True)
     try:
         check_failures(rows, download.max_failure_rate, ledger)
@@ -56,15 +65,8 @@ def download(*, sources: list[str], source_settings: SourceSettings, download: D
         raise
     expected = {chunk.tar.name for chunk in chunks} | {ledger.name}
     for stray in [path for path in ledger.parent.iterdir() if path.name not in expected]:
-        stray.unlink()
-    storage.publish(ledger.parent, target)
-    storage.discard_work(STAGE, name)
-
-
-def _code() -> list[Path]:
-    """What decides a shard's bytes besides the settings: unfinished work of older code is not taken up."""
-    library = Path(captioning.__file__).parent
-    return [library / "images.py", library / "shards.py", *sorted((library / "sources").glob("*.py"))]
+        storage.remove(stray)
+    return ledger.parent
 
 
 def check_failures(rows: list[LedgerRow], max_failure_rate: float, ledger: Path) -> None:
@@ -88,12 +90,13 @@ def check_failures(rows: list[LedgerRow], max_failure_rate: float, ledger: Path)
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     params = load_params()
-    download(
-        sources=params.data.sources,
-        source_settings=params.source_settings,
-        download=params.download,
-        target=paths.SHARDS,
-    )
+    with stage.running(params):
+        download(
+            sources=params.data.sources,
+            source_settings=params.source_settings,
+            download=params.download,
+            target=paths.SHARDS,
+        )
 
 
 if __name__ == "__main__":

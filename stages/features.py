@@ -10,23 +10,49 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from captioning import paths, stage, storage
+from captioning import paths, stage, storage, work
 
 
 def features(
-    encoder_name: str, weights: str, shards: Path, out: Path, batch_size: int, num_workers: int, precision: str
+    encoder_name: str,
+    weights: str,
+    shards: Path,
+    out: Path,
+    num_processes: int,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
 ) -> None:
-    """Encodes every image of every shard and publishes `out` when all shards are done."""
-    import captioning.extraction as extraction
-    from captioning.encoders import build_encoder
+    """Encodes every image of every shard and publishes `out` when all shards are done; processes share the shards.
 
-    encoder = build_encoder(encoder_name, weights)
+    Raises:
+        CapstanError: no shards, a damaged one, or one without images.
+    """
+    from captioning import extraction
+    from captioning.distributed import join_world
+    from captioning.encoders import build_encoder
+    from captioning.errors import CapstanError
+    from captioning.precision import describe_arithmetic
+    from captioning.shards import verify_shards
+
     shard_paths = sorted(shards.glob("*.tar"))
+    if not shard_paths:
+        raise CapstanError(f"{shards} holds no .tar: run `dvc repro download`")
+    encoder = build_encoder(encoder_name, weights)
     settings = {"encoder": encoder.describe(), "precision": precision, "batch_size": batch_size}
-    name = storage.fingerprint("features", settings, [shards / "ledger.parquet"], ["torch", "pillow"])
-    work = storage.work_folder("features", name)
-    extraction.extract_features(encoder, shard_paths, work, batch_size, num_workers, precision)
-    storage.publish(work, out)
+    settings["arithmetic"] = [num_processes, *describe_arithmetic(precision)]
+    name = work.fingerprint("features", settings, [shards / paths.LEDGER.name], ["torch", "pillow"])
+    with join_world() as world, work.open_work("features", name, settings, world) as found:
+        missing = extraction.missing_shards(encoder, shard_paths, found.folder) if world.is_main else []
+        if world.is_main:
+            verify_shards(shards, [path.stem for path in missing])
+        todo = [shards / tar for tar in world.share([path.name for path in missing])]
+        mine = [todo[i] for i in world.part(len(todo))]
+        extraction.extract_features(encoder, mine, found.folder, batch_size, num_workers, precision)
+        world.wait()
+        if world.is_main:
+            storage.publish(found.folder, out, [f"{shard.stem}.h5" for shard in shard_paths])
+            found.published()
 
 
 def main() -> None:
@@ -39,15 +65,17 @@ def main() -> None:
     from captioning.encoders import check_encoder
 
     check_encoder(args.encoder)
-    features(
-        args.encoder,
-        params.encoder_settings[args.encoder].weights,
-        shards=paths.require(paths.LEDGER, "download").parent,
-        out=paths.features(args.encoder),
-        batch_size=params.features.batch_size,
-        num_workers=params.features.num_workers,
-        precision=params.features.precision,
-    )
+    shards = paths.require(paths.LEDGER, "download").parent
+    if stage.run_processes(params.features.num_processes, params.recovery.max_restarts):
+        return
+    with stage.running(params):
+        features(
+            args.encoder,
+            params.encoder_settings[args.encoder].weights,
+            shards=shards,
+            out=paths.features(args.encoder),
+            **params.features.model_dump(),
+        )
 
 
 if __name__ == "__main__":

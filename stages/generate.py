@@ -1,18 +1,27 @@
 """Captions the test split with a trained captioner by beam search, and keeps where it looked.
 
-python -m stages.generate efficientnet_lite0 lstm
+    python -m stages.generate efficientnet_lite0 lstm
+
+Finished batches are kept in .work/generate/ until the stage is recorded, so a killed run goes on at the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage
+from captioning import monitoring, paths, stage, storage, tracked, work
 
 if TYPE_CHECKING:
+    from captioning.beam_search import Hypothesis
+    from captioning.datasets import FeatureStore
+    from captioning.distributed import World
+    from captioning.models import Captioner
     from captioning.params import GenerateParams
+
+Row = dict[str, Any]
 
 
 def generate(
@@ -20,31 +29,102 @@ def generate(
 ) -> None:
     """Writes COCO results, sorted by image id, and the attention maps of the same captions."""
     from captioning.annotations import load_images
-    from captioning.attention_maps import write_attention_maps
     from captioning.datasets import FeatureStore
-    from captioning.generation import search_store
+    from captioning.distributed import join_world
     from captioning.models import load_captioner
-    from captioning.precision import choose_device
-    from captioning.progress import Progress
+    from captioning.precision import describe_arithmetic
 
     captioner = load_captioner(model)
     test = sorted((image for image in load_images(images) if image.split == "test"), key=lambda image: image.image_id)
-    store = FeatureStore(features, test)
-    device = choose_device()
-    options: dict[str, Any] = settings.model_dump()
-    with Progress(f"generate {model.name}", total=len(test), unit="image") as progress:
-        found = list(search_store(captioner.decoder.to(device), store, device, progress=progress, **options))
-    vocabulary = captioner.vocabulary
-    results = [
-        {"image_id": image.image_id, "caption": vocabulary.decode(hypothesis.token_ids)}
-        for image, hypothesis in zip(test, found, strict=True)
+    store = FeatureStore(features, test, verify=True)
+    described = [
+        settings.model_dump(),
+        storage.read_manifest(model)["digest"],
+        store.digests,
+        describe_arithmetic("fp32"),
     ]
+    name = work.fingerprint("generate", described, [images], ["torch", "numpy"])
+    with join_world() as world, work.open_work("generate", name, settings.model_dump(), world) as found:
+        ids = [image.image_id for image in test]
+        _fill_parts(captioner, store, ids, settings, found.folder / "parts", f"generate {model.name}", world)
+        world.wait()
+        if world.is_main:
+            rows = [
+                row for part in _parts(ids, settings.batch_size, found.folder / "parts") for row in _read(*part) or []
+            ]
+            _publish(rows, captioner, captions_out, attention_out)
+            found.published()
+
+
+def _parts(image_ids: list[str], batch_size: int, folder: Path) -> list[tuple[Path, list[str]]]:
+    """Each batch's file and image ids."""
+    starts = range(0, len(image_ids), batch_size)
+    return [(folder / f"{i:06d}.jsonl", image_ids[start : start + batch_size]) for i, start in enumerate(starts)]
+
+
+def _read(path: Path, image_ids: list[str]) -> list[Row] | None:
+    return storage.read_part(path, image_ids)
+
+
+def _fill_parts(
+    captioner: Captioner,
+    store: FeatureStore,
+    image_ids: list[str],
+    settings: GenerateParams,
+    folder: Path,
+    title: str,
+    world: World,
+) -> None:
+    """Captions what has no good part yet; the processes share the batches."""
+    from captioning.generation import search_store
+    from captioning.precision import choose_device
+    from captioning.progress import Progress
+
+    parts = _parts(image_ids, settings.batch_size, folder)
+    missing = [i for i, part in enumerate(parts) if _read(*part) is None] if world.is_main else []
+    missing = world.share(missing)
+    if world.is_main and len(missing) < len(parts):
+        print(f"resumed: {len(parts) - len(missing)} of {len(parts)} parts verified, {len(missing)} left", flush=True)
+    device = choose_device()
+    decoder = captioner.decoder.to(device)
+    options: dict[str, Any] = settings.model_dump(exclude={"num_processes"})
+    done = len(image_ids) - sum(len(parts[i][1]) for i in missing)
+    with Progress(title, len(image_ids), "image", done, world.is_main) as progress:
+        for i in (missing[number] for number in world.part(len(missing))):
+            path, ids = parts[i]
+            start = i * settings.batch_size
+            hypotheses = search_store(decoder, store, device, range(start, start + len(ids)), **options)
+            storage.write_part(path, [_to_row(*pair) for pair in zip(ids, hypotheses, strict=True)], ids)
+            monitoring.count(images=len(ids))
+            progress.update(len(ids) * world.num_processes)
+
+
+def _to_row(image_id: str, hypothesis: Hypothesis) -> Row:
+    import numpy as np
+
+    weights = hypothesis.attention_weights.numpy().astype(np.float16)  # (num_words, num_regions), as it is stored
+    packed = base64.b64encode(weights.tobytes()).decode()
+    return {"image_id": image_id, "token_ids": hypothesis.token_ids, "attention": packed}
+
+
+def _publish(rows: list[Row], captioner: Captioner, captions_out: Path, attention_out: Path) -> None:
+    import numpy as np
+
+    from captioning.attention_maps import write_attention_maps
+
+    words, decode = captioner.vocabulary.words, captioner.vocabulary.decode
     maps = (
-        (image.image_id, [vocabulary.words[i] for i in hypothesis.token_ids], hypothesis.attention_weights.numpy())
-        for image, hypothesis in zip(test, found, strict=True)
+        (
+            row["image_id"],
+            [words[i] for i in row["token_ids"]],
+            np.frombuffer(base64.b64decode(row["attention"]), np.float16).reshape(len(row["token_ids"]), -1)
+            if row["token_ids"]
+            else np.zeros((0, captioner.grid[0] * captioner.grid[1]), np.float16),
+        )
+        for row in rows
     )
     write_attention_maps(attention_out, captioner.grid, maps)
-    storage.write_json(captions_out, results)
+    storage.write_json(captions_out, [{"image_id": r["image_id"], "caption": decode(r["token_ids"])} for r in rows])
 
 
 def main() -> None:
@@ -56,14 +136,13 @@ def main() -> None:
 
     params = load_params()
     captioner = paths.captioner_name(args.encoder, args.decoder)
-    generate(
-        paths.require(paths.model(captioner), f"train@{captioner}"),
-        paths.require(paths.IMAGES, "prepare"),
-        paths.require(paths.features(args.encoder), f"features@{args.encoder}"),
-        params.generate,
-        paths.captions(captioner),
-        paths.attention(captioner),
-    )
+    model = paths.require(paths.model(captioner), f"train@{captioner}")
+    images = tracked.require(paths.IMAGES, "prepare")
+    features = paths.require(paths.features(args.encoder), f"features@{args.encoder}")
+    if stage.run_processes(params.generate.num_processes, params.recovery.max_restarts):
+        return
+    with stage.running(params):
+        generate(model, images, features, params.generate, paths.captions(captioner), paths.attention(captioner))
 
 
 if __name__ == "__main__":

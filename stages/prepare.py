@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captioning import paths, stage, storage
+from captioning.work import fingerprint, open_work
 
 if TYPE_CHECKING:
     from captioning.annotations import Annotation
@@ -32,20 +33,23 @@ def prepare(
     from captioning import preparation
     from captioning.annotations import dump_annotations
 
-    annotations = preparation.read_ledger(shards / "ledger.parquet", lowercase)
-    by_split = {split: [a for a in annotations if a.split == split] for split in paths.SPLITS}
-    vocabulary = preparation.build_vocabulary(by_split["train"], min_frequency, max_length_percentile, lowercase)
-    samples = preparation.choose_samples(by_split["test"], num_samples, seed)
-    work = storage.work_folder("prepare", "samples")
-    _write_thumbnails(shards, samples, work)
-    for split, members in by_split.items():
-        storage.write_json(out / f"{split}.json", dump_annotations(members))
-    images = [annotation.model_dump(exclude={"captions", "boxes"}) for annotation in annotations]
-    storage.write_json(out / "images.json", images)
-    vocabulary.save(out / "vocabulary.json")
-    storage.publish(work, out / "samples")
-    figures = preparation.statistics(annotations, vocabulary)
-    storage.write_json(statistics_out, figures)
+    settings = [lowercase, min_frequency, max_length_percentile, num_samples, seed]
+    name = fingerprint("prepare", settings, [shards / paths.LEDGER.name], ["numpy", "pillow"])
+    with open_work("prepare", name, about={"shards": str(shards)}) as work:
+        annotations = preparation.read_ledger(shards / paths.LEDGER.name, lowercase)
+        by_split = {split: [a for a in annotations if a.split == split] for split in paths.SPLITS}
+        vocabulary = preparation.build_vocabulary(by_split["train"], min_frequency, max_length_percentile, lowercase)
+        samples = work.folder / "samples"
+        _write_thumbnails(shards, preparation.choose_samples(by_split["test"], num_samples, seed), samples)
+        for split, members in by_split.items():
+            storage.write_json(out / f"{split}.json", dump_annotations(members))
+        images = [annotation.model_dump(exclude={"captions", "boxes"}) for annotation in annotations]
+        storage.write_json(out / "images.json", images)
+        vocabulary.save(out / "vocabulary.json")
+        storage.publish(samples, out / "samples")
+        figures = preparation.statistics(annotations, vocabulary)
+        storage.write_json(statistics_out, figures)
+        work.published()
     for split in paths.SPLITS:
         part = figures[split]
         print(
@@ -58,8 +62,11 @@ def _write_thumbnails(shards: Path, samples: list[Annotation], folder: Path) -> 
     from PIL import Image
 
     from captioning.images import decode_image
-    from captioning.shards import iterate_shard
+    from captioning.shards import iterate_shard, verify_shards
 
+    storage.remove(folder)  # a killed run's are drawn anew: it takes seconds
+    folder.mkdir()
+    verify_shards(shards, {a.shard for a in samples})
     wanted = {(a.shard, a.key): a.image_id.replace("/", "__") for a in samples}
     for shard in sorted({a.shard for a in samples}):
         for key, image, _ in iterate_shard(shards / f"{shard}.tar"):
@@ -76,8 +83,9 @@ def main() -> None:
     from captioning.params import load_params
 
     params = load_params()
-    settings = params.prepare.model_dump()
-    prepare(paths.require(paths.LEDGER, "download").parent, paths.PREPARED, paths.STATISTICS, **settings)
+    with stage.running(params):
+        shards = paths.require(paths.LEDGER, "download").parent
+        prepare(shards, paths.PREPARED, paths.STATISTICS, **params.prepare.model_dump())
 
 
 if __name__ == "__main__":

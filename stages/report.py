@@ -8,10 +8,10 @@ and models may be absent. The same inputs give the same bytes, but for the part 
 from __future__ import annotations
 
 import argparse
-import shutil
 from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage
+from captioning import paths, stage, storage, tracked
+from captioning.work import fingerprint, open_work
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,19 +54,22 @@ def report(
     inputs = load_inputs(captioners)
     tables = leaderboard.build_tables(inputs)
     setting = describe_setting(inputs, num_beams, num_blip_beams)
-    work = storage.work_folder("report", storage.fingerprint("report", shown_params, [], ["matplotlib"]))
-    shutil.rmtree(work)  # a killed report is drawn anew: it takes seconds
-    figures = work / "figures"
-    figures.mkdir(parents=True)
-    page = build_page(
-        inputs, tables, setting, figures, encoders, decoders, num_images, num_attention_images, shown_params
-    )
-    (work / "index.html").write_text(render_page(page), "utf-8")
-    (work / "report.md").write_text(render_markdown(tables, setting, pick_examples(inputs, tables)), "utf-8")
-    storage.write_json(work / "metrics.json", leaderboard.metrics_tree(tables, captioners))
-    for name in ("figures", "index.html", "report.md", "metrics.json"):
-        storage.publish(work / name, paths.REPORTS / name)
-    shutil.rmtree(work)
+    name = fingerprint("report", shown_params, packages=["matplotlib"])
+    with open_work("report", name, about={"captioners": captioners}) as work:
+        built = work.folder / "outs"
+        storage.remove(built)  # a killed report is drawn anew: it takes seconds
+        figures = built / "figures"
+        figures.mkdir(parents=True)
+        page = build_page(
+            inputs, tables, setting, figures, encoders, decoders, num_images, num_attention_images, shown_params
+        )
+        (built / "index.html").write_text(render_page(page), "utf-8")
+        (built / "report.md").write_text(render_markdown(tables, setting, pick_examples(inputs, tables)), "utf-8")
+        storage.write_json(built / "metrics.json", leaderboard.metrics_tree(tables, captioners))
+        for out in ("figures", "index.html", "report.md", "metrics.json"):
+            storage.publish(built / out, paths.REPORTS / out)
+        storage.remove(built)
+        work.published()
 
 
 def build_page(
@@ -83,6 +86,7 @@ def build_page(
     """Draws the figures into the folder `figures` and gathers all that index.html shows."""
     from captioning.reporting import illustrations, provenance
     from captioning.reporting.flow import draw_flow
+    from captioning.reporting.health import read_health
     from captioning.reporting.inputs import choose_images
     from captioning.reporting.page import Page, summarize_training
     from captioning.reporting.statistics import arrange_statistics
@@ -105,6 +109,7 @@ def build_page(
         outs=provenance.read_lock(stages),
         flow=draw_flow(encoders, decoders),
         run=provenance.record_run(stages),
+        health=read_health(stages, captioners, paths.work_root() / "health"),
     )
 
 
@@ -130,8 +135,11 @@ def pick_examples(inputs: ReportInputs, tables: list[Table]) -> list[tuple[str, 
 
 
 def select_params(params: Params) -> dict[str, Any]:
-    """The params as plain values, less the settings of sources, encoders and decoders that are not used."""
-    tree = params.model_dump(mode="json")
+    """The params as plain values, less the settings of sources, encoders and decoders that are not used.
+
+    `recovery` and `monitoring` change no result, and addresses may hold passwords.
+    """
+    tree = params.model_dump(mode="json", exclude={"monitoring", "recovery"})
     used = {
         "source_settings": params.data.sources,
         "encoder_settings": params.encoders,
@@ -159,18 +167,19 @@ def main() -> None:
 
     params = load_params()
     captioners = params.captioners()
-    for path, maker in required_inputs(captioners, params.prepare.num_samples):
-        paths.require(path, maker)
-    report(
-        encoders=params.encoders,
-        decoders=params.decoders,
-        captioners=captioners,
-        num_images=params.report.num_images,
-        num_attention_images=params.report.num_attention_images,
-        num_beams=params.generate.num_beams,
-        num_blip_beams=params.blip.num_beams,
-        shown_params=select_params(params),
-    )
+    with stage.running(params):
+        for path, maker in required_inputs(captioners, params.prepare.num_samples):
+            tracked.require(path, maker)
+        report(
+            encoders=params.encoders,
+            decoders=params.decoders,
+            captioners=captioners,
+            num_images=params.report.num_images,
+            num_attention_images=params.report.num_attention_images,
+            num_beams=params.generate.num_beams,
+            num_blip_beams=params.blip.num_beams,
+            shown_params=select_params(params),
+        )
     print(f"report: {len(captioners)} captioners, {paths.REPORTS / 'index.html'}")
 
 

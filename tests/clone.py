@@ -72,15 +72,25 @@ class Clone:
         merge(tree, changes)
         yaml.dump(tree, self.path / "params.yaml")
 
-    def run(self, *command: str, code: int | None = 0) -> str:
-        """Runs a command there; returns stdout and stderr. `code`: the exit status it must have (None: any)."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_"))}
+    def environment(self) -> dict[str, str]:
+        """What commands there see: this interpreter's programs, one thread, none of the caller's settings."""
+        dropped = ("DVC_", "GIT_", "PYTHONPATH")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "DVC_NO_ANALYTICS": "1"}
         for role in ("AUTHOR", "COMMITTER"):
             environment |= {f"GIT_{role}_NAME": "test", f"GIT_{role}_EMAIL": "test@example.org"}
+        return environment
+
+    def run(self, *command: str, code: int | None = 0) -> str:
+        """Runs a command there; returns stdout and stderr. `code`: the exit status it must have (None: any)."""
         done = subprocess.run(
-            command, cwd=self.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=570
+            command,
+            cwd=self.path,
+            env=self.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=570,
         )
         output = done.stdout.decode(errors="replace")
         assert code is None or done.returncode == code, (

@@ -8,9 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-PLUMBING = {f"captioning/{name}.py" for name in ("__init__", "errors", "params", "paths", "progress", "stage")}
+HEALTH = ("alerts", "health_records", "monitoring", "probes", "thresholds")
+PLUMBING = {
+    f"captioning/{name}.py"
+    for name in ("__init__", "errors", "interruption", "orphans", "params", "paths", "progress", "stage", *HEALTH)
+}
 """Modules that cannot change a result: DVC compares the values of params.yaml themselves (no field has a default, which
-a test holds), and the rest says where files lie and how things look on a terminal."""
+a test holds), and the rest says where files lie, who is alive, and how things look on a terminal."""
 
 
 @cache
@@ -52,9 +56,12 @@ def import_closure(path: Path) -> set[str]:
     """All files that a stage runs, itself included, without the plumbing; relative to the repository's root."""
     seen, waiting = {path}, [path]
     while waiting:
-        for file in direct_imports(waiting.pop()) - seen:
-            seen.add(file)
-            waiting.append(file)
+        file = waiting.pop()
+        if str(file.relative_to(ROOT)) in PLUMBING:
+            continue  # nor can what it imports, unless a stage imports that, too
+        for found in direct_imports(file) - seen:
+            seen.add(found)
+            waiting.append(found)
     names = {str(file.relative_to(ROOT)) for file in seen}
     return names - PLUMBING - {"stages/__init__.py"}
 

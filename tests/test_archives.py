@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -235,3 +238,88 @@ def test_image_folder_takes_unpacked_files_or_the_archive(tmp_path):
     folder = archives.image_folder(archive, root, {"1.jpg"}, work)
     assert (folder / "1.jpg").read_bytes() == b"1" and folder.is_relative_to(work)
     assert archives.image_folder(archive, root, {"1.jpg"}, work) == folder
+
+
+# Recovery
+
+
+def extracted(tmp_path: Path) -> Path:
+    images = Archive(url="http://127.0.0.1:9/images.zip", sha256=None)
+    make_zip(tmp_path / "images.zip", {f"a/{n}.jpg": DATA[n:] for n in range(3)})
+    return archives.image_folder(images, tmp_path, {"0.jpg", "1.jpg", "2.jpg"}, tmp_path / "work")
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "missing", "extra", "note"])
+def test_extracted_images_that_changed_are_set_aside_and_extracted_anew(damage, tmp_path, capsys, monkeypatch):
+    folder = extracted(tmp_path)
+    assert extracted(tmp_path) == folder and "set aside" not in capsys.readouterr().out
+    image, note = folder / "1.jpg", folder.with_name(f"{folder.name}.jsonl")
+    if damage == "bit":
+        image.write_bytes(b"\x03" + image.read_bytes()[1:])
+    elif damage == "cut":
+        os.truncate(image, 10)
+    elif damage == "missing":
+        image.unlink()
+    elif damage == "extra":
+        (folder / "9.jpg").write_bytes(b"")
+    else:
+        os.truncate(note, 30)
+    assert extracted(tmp_path) == folder and "set aside" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {f"{n}.jpg": DATA[n:] for n in range(3)}
+
+
+def test_two_processes_fetch_an_archive_once(server, tmp_path):
+    """The second waits for the first, which is in the middle of its transfer, and takes what it fetched."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def answer(handler: loopback.Handler) -> None:
+        begun.set()
+        go_on.wait(30)
+        loopback.body(DATA)(handler)
+
+    url = server.add("/a.zip", answer)
+    program = "import sys; from captioning.archives import fetch_once; print(fetch_once(sys.argv[1], 'a.zip', None))"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", program, url]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    first = start()
+    assert begun.wait(30)
+    second = start()
+    assert second.stdout is not None
+    assert "waiting for process" in second.stdout.readline()
+    go_on.set()
+    paths = [process.communicate(timeout=60)[0].split()[-1] for process in (first, second)]
+    assert paths[0] == paths[1] and Path(paths[0]).read_bytes() == DATA
+    assert server.counts["/a.zip"] == 1
+
+
+@pytest.mark.parametrize("moment", ["received", "checked"])
+def test_a_whole_file_is_not_fetched_again_after_a_kill_before_its_renaming(moment, server, tmp_path, monkeypatch):
+    whole = loopback.ranged(DATA, '"v1"')
+
+    def answer(handler: loopback.Handler) -> None:
+        if handler.headers.get("Range") != f"bytes={len(DATA)}-":
+            return whole(handler)
+        handler.send_response(416)
+        handler.send_header("Content-Range", f"bytes */{len(DATA)}")
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    url = server.add("/a.zip", answer)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((transfer, "_digest") if moment == "received" else (transfer.storage, "move")), killed)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.download(url, tmp_path / "d" / "a.zip", sha256(DATA))
+    target = transfer.download(url, tmp_path / "d" / "a.zip", sha256(DATA))
+    assert target.read_bytes() == DATA
+    assert [headers.get("Range") for headers in server.headers_seen["/a.zip"]] == (
+        [None, f"bytes={len(DATA)}-"] if moment == "received" else [None]
+    )
+    assert sorted(p.name for p in target.parent.iterdir()) == ["a.zip", "a.zip.sha256"]

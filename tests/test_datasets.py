@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from captioning.annotations import Annotation
 from captioning.datasets import CaptionBatches, FeatureStore, collate, epoch_order
+from captioning.distributed import World
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
 from captioning.vocabulary import Vocabulary
@@ -75,11 +76,29 @@ def test_epochs_can_start_in_the_middle(tmp_path) -> None:
     vocabulary = Vocabulary.build(["a b c"], 1, 3)
     batches = CaptionBatches(FeatureStore(tmp_path, images), images, vocabulary, 2)
     order = epoch_order(7, 0, 0)
-    whole = [batch.features for batch in batches.epoch(order)]
+    whole = [share.batch.features for share in batches.epoch(order)]
     assert len(whole) == len(batches) == 4
-    rest = [batch.features for batch in batches.epoch(order, first_batch=2)]
+    rest = [share.batch.features for share in batches.epoch(order, first_batch=2)]
     assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
     assert max(len(words) for group in batches.captions for words in group) == 3  # cut to max_length
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_processes_share_every_batch_and_know_its_size(tmp_path, num_processes) -> None:
+    """Each image goes to one rank; all know the whole batch's tokens; a rank may have nothing of the last batch."""
+    write_shard(tmp_path, "00000", 9)
+    images = [annotation(i, "00000") for i in range(9)]
+    vocabulary = Vocabulary.build(["a b c"], 1, 3)
+    batches = CaptionBatches(FeatureStore(tmp_path, images), images, vocabulary, 4)
+    order = epoch_order(9, 0, 0)
+    alone = list(batches.epoch(order))
+    ranks = [list(batches.epoch(order, world=World(rank, num_processes))) for rank in range(num_processes)]
+    for number, whole in enumerate(alone):
+        parts = [rank[number] for rank in ranks]
+        assert {part.num_tokens for part in parts} == {whole.num_tokens} == {whole.batch.num_tokens}
+        assert sum(part.batch.num_tokens for part in parts if part.batch) == whole.num_tokens
+        assert sum(len(part.batch.features) for part in parts if part.batch) == len(whole.batch.features)
+    assert (ranks[-1][-1].batch is None) == (num_processes > 1)
 
 
 def test_missing_features_are_named(tmp_path) -> None:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import loopback
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback import Server, encoded, jpeg, picture
 
-from captioning import fetching, shard_builder, shard_workers, storage
-from captioning.errors import CapstanError
+from captioning import fetching, shard_builder, shard_workers
+from captioning.errors import CapstanError, DamagedError
 from captioning.params import DownloadParams, SourceSettings, load_params
 from captioning.shard_builder import Chunk, build_chunk, finished_rows, make_chunks
 from captioning.shard_workers import build_chunks
-from captioning.shards import iterate_shard, read_ledger, scan_shard
+from captioning.shards import LedgerRow, iterate_shard, read_ledger, scan_shard, verify_shards
 from captioning.sources.table import Row
 from stages.download import check_failures, download
 
@@ -107,7 +109,11 @@ def test_good_and_bad_addresses(server: Server, tmp_path, capsys):
     assert len({row.key for row in stored}) == len(stored) == 8
     printed = capsys.readouterr().out
     assert "url_table: 8 of 15 images stored" in printed and "1 failed: HTTP 404 (permanent)" in printed
-    assert list((tmp_path / ".work" / "download").iterdir()) == [], "no work left behind"
+    assert sorted(p.name for p in (tmp_path / "data" / "shards").iterdir()) == names_of(ledger), "nothing else"
+
+
+def names_of(ledger: list[LedgerRow]) -> list[str]:
+    return [*sorted({f"{row.shard}.tar" for row in ledger if row.shard}), "ledger.parquet"]
 
 
 def test_two_runs_give_the_same_bytes(server: Server, tmp_path):
@@ -125,6 +131,7 @@ def test_two_runs_give_the_same_bytes(server: Server, tmp_path):
 
     table = write_table(tmp_path / "t.parquet", [(url, "a dog") for url in fill(False)])
     run(table, tmp_path / "one", samples_per_shard=9)
+    shutil.rmtree(tmp_path / ".work")
     fill(True)
     run(table, tmp_path / "two", samples_per_shard=9)
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
@@ -143,7 +150,7 @@ def test_too_many_failures_publish_nothing_and_are_tried_again(server: Server, t
     assert [row.reason for row in read_ledger(ledger)].count("HTTP 503") == 1
     server.answers["/7.jpg"] = loopback.body(jpeg(7))
     run(table, target)
-    assert "1 of 2 shards are there already and verified" in capsys.readouterr().out
+    assert "resumed: 1 of 2 shards verified, 1 left" in capsys.readouterr().out
     assert server.counts["/0.jpg"] == 1 and server.counts["/7.jpg"] == 2
     assert all(row.status == "success" for row in read_ledger(target / "ledger.parquet"))
 
@@ -268,7 +275,8 @@ def test_a_killed_stage_is_resumed_with_the_same_result(tmp_path):
     resumed = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     if done and not published:
-        assert "shards are there already and verified" in resumed.stdout
+        assert "shards verified" in resumed.stdout
+    shutil.rmtree(tmp_path / ".work")
     download(sources=["shapes"], source_settings=settings, download=params, target=Path("whole"))
     assert snapshot(tmp_path / "killed") == snapshot(tmp_path / "whole")
 
@@ -283,6 +291,73 @@ def test_retry_rounds_are_bounded_and_slow_down(monkeypatch, tmp_path):
     assert pauses == [2, 4, 8, 16, 32, 60, 60]
 
 
-def test_the_work_folder_depends_on_the_settings():
-    one, two = (storage.fingerprint("download", quick(image_px=px).model_dump(), []) for px in (32, 64))
-    assert one != two
+def test_a_run_that_was_killed_after_publishing_only_publishes_again(server: Server, tmp_path, capsys):
+    urls = [server.add(f"/{n}.jpg", loopback.body(jpeg(n))) for n in range(9)]
+    table = write_table(tmp_path / "t.parquet", [(url, "a dog") for url in urls])
+    run(table, tmp_path / "shards")
+    before = snapshot(tmp_path / "shards")
+    shutil.rmtree(tmp_path / "shards")  # as DVC does before it runs a stage again
+    for stray in ("00009.tar", ".00000.tar.tmp", "00000.tar.corrupt"):
+        (next((tmp_path / ".work" / "download").glob("*/shards")) / stray).write_bytes(b"stray")
+    run(table, tmp_path / "shards")
+    assert "resumed: 2 of 2 shards verified, 0 left" in capsys.readouterr().out
+    assert snapshot(tmp_path / "shards") == before
+    assert set(server.counts.values()) == {1}, "nothing was fetched again"
+
+
+def test_other_settings_have_work_of_their_own(server: Server, tmp_path):
+    urls = [server.add(f"/{n}.jpg", loopback.body(jpeg(n))) for n in range(3)]
+    table = write_table(tmp_path / "t.parquet", [(url, "a dog") for url in urls])
+    for image_px in (32, 40, 32):
+        run(table, tmp_path / "shards", image_px=image_px)
+    assert len(list((tmp_path / ".work" / "download").glob("*/work.json"))) == 2
+    assert set(server.counts.values()) == {2}
+
+
+def test_published_shards_are_verified_by_their_ledger(server: Server, tmp_path):
+    urls = [server.add(f"/{n}.jpg", loopback.body(jpeg(n))) for n in range(9)]
+    run(write_table(tmp_path / "t.parquet", [(url, "a dog") for url in urls]), tmp_path / "shards")
+    verify_shards(tmp_path / "shards", ["00000", "00001"])
+    tar = tmp_path / "shards" / "00001.tar"
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    verify_shards(tmp_path / "shards", ["00000"])
+    with pytest.raises(DamagedError, match=r"00001.tar has other bytes .*00001.tar.corrupt.*`dvc repro` again"):
+        verify_shards(tmp_path / "shards", ["00000", "00001"])
+    assert not tar.exists()
+
+
+def wait_for_ever(chunk, download, heartbeat):
+    Path("worker.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """SIGKILL of the stage while a worker is busy and would not look at its pipe."""
+    program = (
+        "import sys; from pathlib import Path; from captioning import shard_workers;"
+        "from captioning.params import DownloadParams; from captioning.shard_builder import make_chunks;"
+        "from captioning.sources.table import Row; import test_download as t;"
+        "chunks = make_chunks([Row('s/1', 's', 'train', 'u', 'u', ())], 1, Path('work'));"
+        "shard_workers.work = t.work_for_ever;"
+        "shard_workers.build_chunks(chunks, DownloadParams.model_validate_json(sys.argv[1]), Path())"
+    )
+    path = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}"
+    command = [sys.executable, "-c", program, quick().model_dump_json()]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    pid_file = tmp_path / "worker.pid"
+    while process.poll() is None and not (pid_file.exists() and pid_file.read_text()):
+        time.sleep(0.01)
+    worker = psutil.Process(int(pid_file.read_text()))
+    process.kill()
+    process.wait()
+    worker.wait(timeout=10)  # raises where it goes on
+
+
+real_work = shard_workers.work
+
+
+def work_for_ever(pipe, download, log):
+    shard_workers.build_chunk = wait_for_ever
+    real_work(pipe, download, log)

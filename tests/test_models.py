@@ -23,7 +23,12 @@ def model(tmp_path_factory):
     config = DecoderConfig("lstm", "bahdanau", len(vocabulary), 1280, 8, 8, 8, 8, 0.0)
     decoder = build_decoder(config)
     models.save_captioner(
-        folder, build_encoder("efficientnet_lite0", "package"), decoder.state_dict(), config, vocabulary
+        folder,
+        build_encoder("efficientnet_lite0", "package"),
+        decoder.state_dict(),
+        config,
+        vocabulary,
+        {"history": []},
     )
     return folder, decoder
 

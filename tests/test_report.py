@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from report_data import METRICS, write_captioner, write_results
 
-from captioning import paths, storage
+from captioning import health_records, paths, work
 from captioning.errors import CapstanError
 from captioning.params import load_params
 from captioning.reporting import provenance
@@ -110,10 +110,30 @@ def test_only_the_marked_part_of_the_page_differs_between_runs(results: Path, mo
     assert "95.2" not in provenance.without_run(second_page) and "0123456789ab" not in first_page
 
 
+def test_health_stands_in_the_page_alone_and_only_in_the_part_of_the_run(results: Path) -> None:
+    first_page, first = make_report(), outs()
+    assert "No health record" in first_page
+    folder = Path(".work/health")
+    folder.mkdir(parents=True)
+    for index in range(9):
+        record = {"kind": "sample", "run": "a", "elapsed_s": index, "cpu_percent": 61.5, "rss_peak": 1.25e9}
+        health_records.append(folder / "train@lite-gru.jsonl", record)
+    alert = {"run": "a", "kind": "disk_low", "time": 5, "stage": "train@lite-gru", "message": HOSTILE}
+    health_records.append(folder / "alerts.jsonl", alert)
+    second_page, second = make_report(), outs()
+    assert first.pop("reports/index.html") != second.pop("reports/index.html") and first == second
+    assert provenance.without_run(first_page) == provenance.without_run(second_page)
+    tags = Tags(second_page)
+    assert not tags.open and not any(tag == "script" for tag, _ in tags.tags)
+    charts = [attrs for tag, attrs in tags.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert [attrs["aria-label"] for attrs in charts if "CPU" in str(attrs)] == ["CPU: mean 62 %, peak 62 %, over 8.0 s"]
+    assert "1.2 GB" in second_page and "&lt;script&gt;alert(1)" in second_page and "No alerts" not in second_page
+
+
 def test_leftovers_of_a_killed_report_do_not_get_into_the_next(results: Path) -> None:
-    name = storage.fingerprint("report", {"train": {"seed": 13}}, [], ["matplotlib"])
-    leftover = storage.work_folder("report", name) / "figures" / "stale.png"
-    leftover.parent.mkdir()
+    name = work.fingerprint("report", {"train": {"seed": 13}}, packages=["matplotlib"])
+    leftover = paths.work_root() / "report" / name / "outs" / "figures" / "stale.png"
+    leftover.parent.mkdir(parents=True)
     leftover.write_bytes(b"half")
     make_report()
     assert not Path("reports/figures/stale.png").exists() and not leftover.exists()
@@ -327,4 +347,5 @@ def test_params_shown_are_those_in_use() -> None:
     params = load_params(Path(__file__).parents[1] / "params.yaml")
     shown = select_params(params)
     assert list(shown["source_settings"]) == params.data.sources
+    assert "monitoring" not in shown
     assert list(shown["encoder_settings"]) == params.encoders and shown["train"] == params.train.model_dump(mode="json")

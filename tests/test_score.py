@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioning import paths, storage
 from captioning.annotations import Annotation, dump_annotations
 from captioning.errors import CapstanError
-from captioning.metrics.scoring import score_captions
+from captioning.metrics import scoring
+from captioning.metrics.scoring import MetricScores, load_scores, save_scores, score_captions
 from stages.score import score
 
 FAST = ["Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"]
@@ -40,6 +49,7 @@ HYPOTHESES = {
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
     storage.write_json(paths.split_annotations("test"), dump_annotations(TEST))
     write_captions([{"image_id": image_id, "caption": caption} for image_id, caption in HYPOTHESES.items()])
     return tmp_path
@@ -151,3 +161,127 @@ def test_an_unknown_metric_is_named_before_anything_is_read(root: Path) -> None:
         run(["Meteor"])
     with pytest.raises(CapstanError, match="score.spice_root"):
         run(["SPICE"])
+
+
+def parts() -> dict[str, Path]:
+    return {path.name: path for path in sorted(paths.work_root().glob("score/*/parts/*"))}
+
+
+def outs() -> list[bytes]:
+    return [paths.scores("blip").read_bytes(), paths.image_scores("blip").read_bytes()]
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the metrics without a process are computed, in order."""
+    seen: list[str] = []
+
+    def noting(build: scoring.Builder) -> scoring.Builder:
+        def build_noting(spice_root: Path | None, stack: Any) -> scoring.Scorer:
+            scorer = build(spice_root, stack)
+            seen.append(build.__name__)
+            return scorer
+
+        return build_noting
+
+    for name in ("ROUGE_L", "CIDEr"):
+        monkeypatch.setitem(scoring.METRICS, name, noting(scoring.METRICS[name]))
+    return seen
+
+
+def test_a_metric_that_is_added_is_computed_alone(root: Path, computed: list[str], capsys) -> None:
+    run(["Bleu_1", "ROUGE_L"])
+    assert list(parts()) == ["Bleu.jsonl", "ROUGE_L.jsonl"] and computed == ["build_rouge"]
+    run(FAST)
+    assert computed == ["build_rouge", "build_cider"]
+    assert "resumed: 3 of 4 metrics verified, 1 left" in capsys.readouterr().out  # Bleu's orders are one computation
+    resumed = outs()
+    for part in parts().values():
+        part.unlink()
+    run(FAST)
+    assert outs() == resumed
+
+
+def test_a_damaged_part_is_set_aside_and_computed_anew(root: Path, computed: list[str], capsys) -> None:
+    run(FAST)
+    before, computed[:] = outs(), []
+    part = parts()["CIDEr.jsonl"]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    run(FAST)
+    assert computed == ["build_cider"] and outs() == before
+    assert "CIDEr.jsonl was damaged: set aside" in capsys.readouterr().out
+    assert "CIDEr.jsonl.corrupt" in parts()
+
+
+def test_other_captions_find_no_part_of_these(root: Path, computed: list[str]) -> None:
+    run(FAST)
+    write_captions(changed(shapes_1="a blue circle"))
+    run(FAST)
+    assert computed == ["build_rouge", "build_cider"] * 2
+    write_captions([{"image_id": image_id, "caption": caption} for image_id, caption in HYPOTHESES.items()])
+    run(FAST)
+    assert computed == ["build_rouge", "build_cider"] * 2, "settings that come back find their work"
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(numbers, min_size=1), st.lists(numbers))
+def test_scores_come_back_to_the_last_bit(tmp_path_factory, groups: list[float], images: list[float]) -> None:
+    folder = tmp_path_factory.mktemp("parts")
+    save_scores(folder, "CIDEr", {"CIDEr": MetricScores(groups, np.array(images))})
+    found = load_scores(folder, "CIDEr")
+    assert found is not None and load_scores(folder, "METEOR") is None
+    assert np.array(found["CIDEr"].groups).tobytes() == np.array(groups).tobytes()
+    assert found["CIDEr"].images.tobytes() == np.array(images, np.float64).tobytes()
+
+
+KILLED = """
+import sys, time
+from captioning.metrics import scoring
+def wait(spice_root, stack):
+    return lambda tokenized: time.sleep(600)
+scoring.METRICS["ROUGE_L"] = wait
+import test_score
+test_score.run(["Bleu_4", "METEOR", "ROUGE_L"])
+"""
+
+
+def test_a_killed_run_keeps_its_metrics_and_leaves_no_java_behind(root: Path, capsys) -> None:
+    """SIGKILL while ROUGE_L is computed, and METEOR's process waits for its input."""
+    repository = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": f"{repository}{os.pathsep}{repository / 'tests'}"}
+    process = subprocess.Popen([sys.executable, "-c", KILLED], env=environment)
+    while process.poll() is None and "METEOR.jsonl" not in parts():
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert any("java" in child.name() for child in children)
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(children, timeout=20)[1] == []
+    run(["Bleu_4", "METEOR", "ROUGE_L"])
+    assert "resumed: 2 of 3 metrics verified, 1 left" in capsys.readouterr().out
+    resumed = outs()
+    for part in parts().values():
+        part.unlink()
+    run(["Bleu_4", "METEOR", "ROUGE_L"])
+    assert outs() == resumed
+
+
+def test_a_foreign_program_ends_with_its_parent(tmp_path: Path) -> None:
+    program = (
+        "import subprocess, time; from captioning.orphans import bound_to_parent;"
+        "print(subprocess.Popen(bound_to_parent(['sleep', '600'])).pid, flush=True); time.sleep(600)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    while child.name() != "sleep":
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    child.wait(timeout=10)  # raises where it goes on

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loopback import jpeg
 
-from captioning.errors import CapstanError
+from captioning.errors import CapstanError, DamagedError
 from captioning.shards import (
+    TARS,
     LedgerRow,
     ShardWriter,
     decode_image,
     digest_bytes,
     iterate_shard,
     read_ledger,
+    read_ledger_metadata,
     read_ledger_part,
     scan_shard,
     summarise,
+    verify_shards,
     write_ledger,
 )
+from captioning.storage import digest_file
 
 
 def row(number: int, data: bytes | None = b"", status: str = "success", reason: str = "") -> LedgerRow:
@@ -139,10 +145,87 @@ def test_ledger_round_trip(tmp_path):
     write_ledger(tmp_path / "ledger.parquet", rows, {"table_digest": "x"})
     assert read_ledger(tmp_path / "ledger.parquet") == rows
     assert read_ledger_part(tmp_path / "ledger.parquet")[1]["table_digest"] == "x"
+    assert read_ledger_metadata(tmp_path / "ledger.parquet")["table_digest"] == "x"
+    with pytest.raises(CapstanError, match="dvc repro download"):
+        read_ledger(tmp_path / "absent.parquet")
+
+
+@pytest.fixture(scope="module")
+def ledger_bytes(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("ledger") / "ledger.parquet"
+    write_ledger(path, [row(n) for n in range(5)], {"tar_digests": '{"00000": "x"}'})
+    return path.read_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(position=st.integers(0, 10**9), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_the_ledger_changes_nothing_that_is_read_or_is_found(
+    tmp_path_factory, ledger_bytes, position, bit
+):
+    path = tmp_path_factory.mktemp("flip") / "ledger.parquet"
+    path.write_bytes(ledger_bytes)
+    before = read_ledger_part(path)
+    data = bytearray(ledger_bytes)
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    try:
+        assert read_ledger_part(path) == before  # parquet has bytes that nobody reads
+    except DamagedError:
+        with pytest.raises(DamagedError, match="`dvc repro` again"):
+            read_ledger(path)
+        assert not path.exists() and path.with_name("ledger.parquet.corrupt").exists()
+
+
+def test_a_ledger_cut_anywhere_is_damaged(tmp_path, ledger_bytes):
+    path = tmp_path / "ledger.parquet"
+    for size in (0, 1, len(ledger_bytes) // 2, len(ledger_bytes) - 1):
+        path.write_bytes(ledger_bytes[:size])
+        with pytest.raises(DamagedError, match=r"ledger.parquet has other bytes"):
+            read_ledger(path)
+
+
+def test_one_without_digests_is_damaged(tmp_path):
+    pq.write_table(pq.read_table(written(tmp_path)).replace_schema_metadata({}), tmp_path / "ledger.parquet")
+    with pytest.raises(DamagedError):
+        read_ledger(tmp_path / "ledger.parquet")
+
+
+def written(folder: Path) -> Path:
+    """A shard and the ledger that belongs to it."""
+    rows = make_shard(folder / "00000.tar")
+    write_ledger(folder / "ledger.parquet", rows, {TARS: json.dumps({"00000": digest_file(folder / "00000.tar")})})
+    return folder / "ledger.parquet"
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 10**9), bit=st.integers(0, 7))
+def test_a_flipped_bit_anywhere_in_a_shard_is_found_before_it_is_read(tmp_path_factory, position, bit):
+    folder = tmp_path_factory.mktemp("flip")
+    written(folder)
+    verify_shards(folder, ["00000"])
+    path = folder / "00000.tar"
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] ^= 1 << bit
+    path.write_bytes(data)
+    path.chmod(0o444)
+    with pytest.raises(DamagedError, match=r"00000.tar has other bytes than were written .*`dvc repro` again"):
+        verify_shards(folder, ["00000"])
+    aside = folder / "00000.tar.corrupt"
+    assert not path.exists() and aside.read_bytes() == data
+    assert aside.stat().st_mode & 0o222, "DVC would take it for whole"
+
+
+def test_shards_that_are_missing_unknown_or_under_another_name(tmp_path):
+    written(tmp_path)
+    with pytest.raises(CapstanError, match=r"00007.tar is missing.*dvc repro download"):
+        verify_shards(tmp_path, ["00007"])
+    (tmp_path / "00001.tar").write_bytes((tmp_path / "00000.tar").read_bytes())
+    verify_shards(tmp_path, ["00000"])
+    with pytest.raises(DamagedError, match="00001.tar"):
+        verify_shards(tmp_path, ["00000", "00001"])
     os.truncate(tmp_path / "ledger.parquet", 100)
-    for name in ("ledger.parquet", "absent.parquet"):
-        with pytest.raises(CapstanError, match="dvc repro download"):
-            read_ledger(tmp_path / name)
+    with pytest.raises(DamagedError, match="ledger.parquet has other bytes"):
+        verify_shards(tmp_path, [])
 
 
 def test_totals_by_reason():

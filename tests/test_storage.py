@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from captioning import paths, storage
-from captioning.errors import CapstanError
+from captioning.errors import CapstanError, DamagedError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path) -> None:
@@ -31,23 +35,20 @@ def test_publish_replaces_a_folder_whole(tmp_path) -> None:
         folder.mkdir(parents=True)
         (folder / name).write_text(name)
     storage.publish(built, target)
-    assert [p.name for p in target.iterdir()] == ["new"] and not built.exists()
+    assert [p.name for p in target.iterdir()] == ["new"] and built.exists()
 
 
 def test_publish_across_filesystems(tmp_path, monkeypatch) -> None:
-    real = os.replace
+    def link(source: Path, target: Path) -> None:
+        raise OSError(18, "Invalid cross-device link")
 
-    def replace(source: Path, target: Path) -> None:
-        if Path(source).name == "built":
-            raise OSError(18, "Invalid cross-device link")
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(os, "link", link)
     built = tmp_path / "built"
     built.mkdir()
     (built / "a").write_text("a")
     storage.publish(built, tmp_path / "out")
-    assert (tmp_path / "out" / "a").read_text() == "a" and not built.exists()
+    assert (tmp_path / "out" / "a").read_text() == "a"
+    assert not os.path.samefile(built / "a", tmp_path / "out" / "a")
 
 
 def test_digest_of_a_tree_sees_names_and_contents(tmp_path) -> None:
@@ -59,20 +60,6 @@ def test_digest_of_a_tree_sees_names_and_contents(tmp_path) -> None:
     assert len({first, second, storage.digest_tree(tmp_path)}) == 3
 
 
-def test_fingerprints_follow_params_inputs_and_versions(tmp_path) -> None:
-    file = tmp_path / "a"
-    file.write_text("1")
-    names = {
-        storage.fingerprint("s", {"a": 1}, [file]),
-        storage.fingerprint("t", {"a": 1}, [file]),
-        storage.fingerprint("s", {"a": 2}, [file]),
-        storage.fingerprint("s", {"a": 1}, [file], ["numpy"]),
-    }
-    assert storage.fingerprint("s", {"a": 1}, [file]) in names
-    file.write_text("2")
-    assert len(names | {storage.fingerprint("s", {"a": 1}, [file])}) == 5
-
-
 @pytest.mark.parametrize("make", [lambda p: None, Path.touch, Path.mkdir])
 def test_missing_and_empty_inputs_name_the_stage(tmp_path, make) -> None:
     make(tmp_path / "shards")
@@ -80,6 +67,93 @@ def test_missing_and_empty_inputs_name_the_stage(tmp_path, make) -> None:
         paths.require(tmp_path / "shards", "download")
 
 
-def test_work_lies_under_the_main_repository(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert storage.work_folder("train", "abc") == tmp_path / ".work" / "train" / "abc"
+def test_publish_keeps_the_work_and_takes_the_named_files_alone(tmp_path) -> None:
+    built = tmp_path / "built"
+    built.mkdir()
+    for name in ("a", "b", "c.corrupt"):
+        (built / name).write_text(name)
+    storage.publish(built, tmp_path / "out", ["a", "b"])
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b"]
+    assert len(list(built.iterdir())) == 3
+    assert os.path.samefile(built / "a", tmp_path / "out" / "a")  # no space is spent
+
+
+FILES = st.dictionaries(st.sampled_from(["a", "b.json", "c.bin"]), st.binary(max_size=50), min_size=1)
+
+
+@given(FILES, st.randoms(use_true_random=False))
+def test_any_changed_bit_of_a_committed_folder_is_found(files: dict[str, bytes], draw) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        target = Path(name) / "step-1"
+        with storage.commit(target, {"step": 1}) as work:
+            for file, content in files.items():
+                work.write(file, content)
+        assert storage.verify(target) == sum(map(len, files.values()))
+        manifest = storage.read_manifest(target)
+        assert manifest["about"] == {"step": 1}
+        assert {file: storage.read_committed(target, file, manifest) for file in files} == files
+        victim = target / draw.choice([file for file, content in files.items() if content] + [storage.MANIFEST])
+        content = bytearray(victim.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        victim.write_bytes(content)
+        same = victim.name == storage.MANIFEST and _tree(content) == manifest
+        if not same:  # white space between JSON's tokens means nothing
+            with pytest.raises(DamagedError):
+                storage.verify(target)
+
+
+def _tree(content: bytes) -> object:
+    try:
+        return json.loads(content)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("harm", ["delete", "truncate", "stray", "manifest"])
+def test_damaged_folders_are_refused(tmp_path, harm: str) -> None:
+    target = tmp_path / "x"
+    with storage.commit(target, {}) as work:
+        work.write("a", b"content")
+    if harm == "delete":
+        (target / "a").unlink()
+    elif harm == "truncate":
+        (target / "a").write_bytes(b"conten")
+    elif harm == "stray":
+        (target / "b").touch()
+    else:
+        (target / storage.MANIFEST).unlink()
+    with pytest.raises(DamagedError, match="x"):
+        storage.verify(target)
+
+
+def test_a_failed_commit_leaves_the_old_folder_and_nothing_else(tmp_path) -> None:
+    target = tmp_path / "x"
+    with storage.commit(target, {}) as work:
+        work.write("a", b"old")
+    with pytest.raises(RuntimeError), storage.commit(target, {}) as work:
+        work.write("a", b"new")
+        raise RuntimeError
+    assert (target / "a").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+ROWS = st.lists(
+    st.one_of(st.text(), st.integers(), st.floats(allow_nan=False), st.lists(st.text(max_size=3))), max_size=4
+)
+
+
+@given(ROWS, st.randoms(use_true_random=False))
+def test_parts_come_back_exactly_or_are_set_aside(rows: list[object], draw) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "000.jsonl"
+        assert storage.read_part(path, "x") is None
+        storage.write_part(path, rows, "x")
+        assert storage.read_part(path, "x") == rows
+        assert storage.read_part(path, "y") is None and path.exists()  # another run's: made anew, not damaged
+        content = bytearray(path.read_bytes())
+        if draw.random() < 0.5:
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        else:
+            content = content[: draw.randrange(len(content))]
+        path.write_bytes(content)
+        assert storage.read_part(path, "x") is None
+        assert not path.exists() and path.with_name("000.jsonl.corrupt").exists()

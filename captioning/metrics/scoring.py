@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from captioning import storage
 from captioning.errors import unknown_name
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BLEU_ORDERS = 4
+BLEU = "Bleu"
+"""The part of all orders, which one computation gives."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class MetricScores:
 
 
 Scorer = Callable[[Tokenized], dict[str, MetricScores]]
+Builder = Callable[["Path | None", ExitStack], Scorer]
 
 
 def _everything(tokenized: Tokenized) -> list[int]:
@@ -132,13 +136,15 @@ def build_spice(spice_root: Path | None, stack: ExitStack) -> Scorer:
     find_models(spice_root)
 
     def score(tokenized: Tokenized) -> dict[str, MetricScores]:
-        images = score_spice(tokenized.references, tokenized.hypotheses, spice_root)
+        images = score_spice(
+            tokenized.references, tokenized.hypotheses, spice_root, lambda process: stack.callback(process.kill)
+        )
         return {"SPICE": MetricScores(_means(images, tokenized.groups), images)}
 
     return score
 
 
-METRICS: dict[str, Callable[[Path | None, ExitStack], Scorer]] = {
+METRICS: dict[str, Builder] = {
     **{f"Bleu_{n + 1}": build_bleu for n in range(BLEU_ORDERS)},
     "METEOR": build_meteor,
     "ROUGE_L": build_rouge,
@@ -164,32 +170,84 @@ def score_captions(
     hypotheses: Sequence[str],
     groups: Sequence[Sequence[int]],
     spice_root: Path | None = None,
+    parts: Path | None = None,
 ) -> dict[str, MetricScores]:
     """Scores untokenised captions; one tokenisation and one METEOR process for all groups.
+
+    With `parts`, each metric is kept there as soon as it is computed, and one that is found there is not computed.
 
     Args:
         metrics: names in METRICS; the answer has them in this order.
         references: per image, its references (at least one).
         hypotheses: per image, its caption; an empty one scores 0.
         groups: sets of image indices, each to be scored as a corpus of its own; an empty one scores 0.
+        parts: a folder that belongs to just these captions.
 
     Raises:
         CapstanError: an unknown metric, no Java, no SPICE models, or a Java program that fails.
     """
+    check_metrics(metrics, spice_root)
+    builders = {part_name(name): METRICS[name] for name in metrics}
+    found = {name: load_scores(parts, name) for name in builders} if parts else {}
+    scores = {metric: score for part in found.values() if part for metric, score in part.items()}
+    missing = {name: build for name, build in builders.items() if not found.get(name)}
+    if len(missing) < len(builders):
+        num_left = sum(name not in scores for name in metrics)
+        print(f"resumed: {len(metrics) - num_left} of {len(metrics)} metrics verified, {num_left} left", flush=True)
+    if missing:
+        scores |= _compute(missing, references, hypotheses, groups, spice_root, parts)
+    return {name: scores[name] for name in metrics}
+
+
+def _compute(
+    builders: Mapping[str, Builder],
+    references: Sequence[Sequence[str]],
+    hypotheses: Sequence[str],
+    groups: Sequence[Sequence[int]],
+    spice_root: Path | None,
+    parts: Path | None,
+) -> dict[str, MetricScores]:
+    """All metrics of the parts that are to be built."""
     from captioning.metrics.tokenizer import ptb_tokenize
 
-    check_metrics(metrics, spice_root)
-    builders: Mapping[Callable[[Path | None, ExitStack], Scorer], None] = dict.fromkeys(METRICS[n] for n in metrics)
     with ExitStack() as stack:
-        scorers = [build(spice_root, stack) for build in builders]
+        # METEOR and SPICE wait for their processes, so in threads. On an interruption the pool, entered first, is left
+        # last: after the processes, for which its threads wait, were stopped.
+        pool = stack.enter_context(ThreadPoolExecutor())
+        scorers = {name: build(spice_root, stack) for name, build in builders.items()}
         captions = {"hypotheses": list(hypotheses)}
         captions |= {f"references {i}": list(texts) for i, texts in enumerate(references)}
         tokens = ptb_tokenize(captions)
         tokenized = Tokenized(
             [tokens[f"references {i}"] for i in range(len(references))], tokens["hypotheses"], [list(g) for g in groups]
         )
-        # METEOR and SPICE wait for their processes meanwhile.
-        with ThreadPoolExecutor() as pool:
-            results = list(pool.map(lambda scorer: scorer(tokenized), scorers))
-    scores = {name: score for result in results for name, score in result.items()}
-    return {name: scores[name] for name in metrics}
+
+        def score(name: str) -> dict[str, MetricScores]:
+            found = scorers[name](tokenized)
+            if parts:
+                save_scores(parts, name, found)
+            return found
+
+        results = list(pool.map(score, scorers))
+    return {name: score for result in results for name, score in result.items()}
+
+
+def part_name(metric: str) -> str:
+    """Metrics that one computation gives share a part."""
+    return BLEU if METRICS[metric] is build_bleu else metric
+
+
+def save_scores(parts: Path, name: str, scores: dict[str, MetricScores]) -> None:
+    """Keeps what one computation gave, to the last bit: JSON's floats are their shortest exact form."""
+    rows = [[metric, score.groups, score.images.tolist()] for metric, score in scores.items()]
+    storage.write_part(parts / f"{name}.jsonl", rows, name)
+
+
+def load_scores(parts: Path, name: str) -> dict[str, MetricScores] | None:
+    """What `save_scores` kept; None where there is nothing whole (a damaged part is set aside)."""
+    import numpy as np
+
+    rows = storage.read_part(parts / f"{name}.jsonl", name)
+    if rows is None:
+        return None
+    return {metric: MetricScores(groups, np.array(images, dtype=np.float64)) for metric, groups, images in rows}

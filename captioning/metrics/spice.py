@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from captioning.errors import CapstanError
 from captioning.metrics.java import OPTIONS, find_java, package_folder
+from captioning.orphans import bound_to_parent
 
+Process = subprocess.Popen[bytes]
 MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 TIMEOUT_S = 3600.0
 # SPICE parses by reflection into the JDK, which Java 16+ forbids unless it is told otherwise.
@@ -46,9 +48,14 @@ def find_models(root: Path | None) -> list[Path]:
 
 
 def score_spice(
-    references: Sequence[Sequence[str]], hypotheses: Sequence[str], root: Path | None
+    references: Sequence[Sequence[str]],
+    hypotheses: Sequence[str],
+    root: Path | None,
+    started: Callable[[Process], object],
 ) -> NDArray[np.float64]:
     """Each image's F-score over scene-graph tuples; 0 where there is none (an empty caption).
+
+    `started` receives the process, so that it can be stopped from outside.
 
     Raises:
         CapstanError: no models, or the program fails or hangs.
@@ -64,17 +71,25 @@ def score_spice(
         source, target = Path(folder, "captions.json"), Path(folder, "scores.json")
         source.write_text(json.dumps(entries), "utf-8")
         command = [str(find_java()), *OPTIONS, *OPENED, "-Xmx8G", "-cp", os.pathsep.join(map(str, jars))]
-        _run([*command, "edu.anu.spice.SpiceScorer", str(source), "-out", str(target), "-subset", "-silent"])
+        _run([*command, "edu.anu.spice.SpiceScorer", str(source), "-out", str(target), "-subset", "-silent"], started)
         return _read_scores(target, len(entries))
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], started: Callable[[Process], object]) -> None:
+    # It reads files, so it would not notice, as METEOR does by its closed input, that nobody waits for it any more.
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
-        answer = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, timeout=TIMEOUT_S)
+        with subprocess.Popen(bound_to_parent(command), stdin=nothing, stdout=nothing, stderr=pipe) as process:
+            started(process)
+            try:
+                said = process.communicate(timeout=TIMEOUT_S)[1]
+            except BaseException:
+                process.kill()
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CapstanError(f"SPICE did not run: {error}") from error
-    if answer.returncode:
-        raise CapstanError(f"SPICE failed: {answer.stderr.decode(errors='replace')[-500:].strip()}")
+    if process.returncode:
+        raise CapstanError(f"SPICE failed: {said.decode(errors='replace')[-500:].strip()}")
 
 
 def _read_scores(path: Path, num_images: int) -> NDArray[np.float64]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioning.figures.overlays import TILE_PX, WordMap
 from captioning.reporting import provenance
+from captioning.reporting.health import Health
 from captioning.reporting.inputs import Curve
 from captioning.reporting.leaderboard import ALL, Row, Table
 from captioning.reporting.statistics import Statistics, format_number
@@ -97,6 +98,7 @@ class Page:
     flow: str
     """An SVG."""
     run: provenance.Run
+    health: Health
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -127,6 +129,7 @@ def render_page(page: Page) -> str:
         "seconds": provenance.format_seconds,
         "bytes": provenance.format_bytes,
         "number": _number,
+        "drawn": Markup,  # only for what this package draws itself
     }
     context: dict[str, Any] = {
         "page": page,

@@ -1,7 +1,7 @@
 """Where the results come from.
 
 Two kinds are kept apart. What follows from the inputs (params, digests of the stages' outs) is the same after every
-rerun. What belongs to one run alone (git revision, machine, stage times) stands in one marked section of
+rerun. What belongs to one run alone (git revision, machine, stage times, health) stands in marked parts of
 index.html, between `RUN_BEGIN` and `RUN_END`. So index.html is the only out whose digest another run may change
 (drawing the report alone again does not), and `without_run` gives the bytes that must not change.
 """
@@ -25,7 +25,7 @@ LOCK = Path("dvc.lock")
 
 
 def without_run(page: str) -> str:
-    """index.html less the section that belongs to one run; equal for equal inputs."""
+    """index.html less the parts that belong to one run; equal for equal inputs."""
     return re.sub(f"{re.escape(RUN_BEGIN)}.*?{re.escape(RUN_END)}", "", page, flags=re.DOTALL)
 
 

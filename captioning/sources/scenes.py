@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from captioning.orphans import die_with_parent
 from captioning.params import DrawnSource
 from captioning.sources.table import Row, file_url
 
@@ -98,5 +100,5 @@ def draw_rows(source: str, draw: Draw, settings: DrawnSource, splits: Sequence[s
     jobs = [(draw, source, settings, index, split, folder) for index, split in enumerate(splits)]
     if len(jobs) < 200:  # starting processes takes longer
         return [_draw_one(job) for job in jobs]
-    with get_context("spawn").Pool(2) as pool:
+    with get_context("spawn").Pool(2, die_with_parent, (signal.SIGKILL,)) as pool:
         return list(pool.imap(_draw_one, jobs, chunksize=50))

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import string
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 
 import xxhash
 
-from captioning import storage
+from captioning.archives import fetch_once
 from captioning.params import UrlTableSource
 from captioning.sources.records import merge_records, read_records, resolve_splits
 from captioning.sources.table import Row, take_evenly
-from captioning.transfer import download
 
 
 def _table_file(table: Path | str) -> Path:
     """The local file; one at an http address is fetched once and kept."""
     if not str(table).startswith(("http://", "https://")):
         return Path(table)
-    target = storage.work_folder("download", "archives") / hashlib.sha256(str(table).encode()).hexdigest()[:12]
-    return download(str(table), target / (PurePosixPath(urlsplit(str(table)).path).name or "table"), None)
+    return fetch_once(str(table), PurePosixPath(urlsplit(str(table)).path).name or "table", None)
 
 
 def url_table_rows(settings: UrlTableSource, folder: Path, seed: int) -> list[Row]:

@@ -1,0 +1,65 @@
+"""The process that writes checkpoints, so that training waits for a copy in memory and never for a disk.
+
+    python -m captioning.checkpoint_writer <descriptor>
+
+Requests come as lines of JSON on standard input, answers go to standard output. The descriptor is of the memory that
+holds the tensors' file. It ends when its input does: when the trainer closes it or dies. A save under way is completed
+first, which is why it holds the trainer's lock too and does not listen to SIGTERM and SIGINT. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from captioning import storage
+
+PREFIX = "step-"
+TENSORS, PLAIN, JOURNAL = "state.safetensors", "state.json", "journal.jsonl"
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Committed checkpoints, the newest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.is_dir() and path.name[len(PREFIX) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(PREFIX) :]), reverse=True)
+
+
+def write(request: dict[str, Any], descriptor: int) -> dict[str, Any]:
+    """Commits one checkpoint, then prunes; never before, so that a failed save costs no old one."""
+    started = time.monotonic()
+    target = Path(request["folder"]) / f"{PREFIX}{request['about']['step']:08d}"
+    with mmap.mmap(descriptor, request["num_bytes"], prot=mmap.PROT_READ) as memory:
+        with storage.commit(target, request["about"]) as files:
+            files.write(TENSORS, memory)
+            files.write(PLAIN, request["plain"].encode())
+            files.write(JOURNAL, request["journal"].encode())
+    for old in checkpoint_folders(target.parent)[request["keep"] :]:
+        storage.remove(old)
+    num_bytes = sum(file["num_bytes"] for file in files.files.values())
+    return {"num_bytes": num_bytes, "seconds": time.monotonic() - started}
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group; the trainer still needs this process
+    os.nice(19)  # whatever training leaves over is enough
+    descriptor = int(sys.argv[1])
+    for line in sys.stdin:
+        try:
+            answer = write(json.loads(line), descriptor)
+        except OSError as error:
+            answer = {"error": f"{error.strerror} ({error.filename})", "errno": error.errno}
+        try:
+            print(json.dumps(answer), flush=True)
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Processes and their parents: children die with them, and a stage that outlived DVC is found and stopped."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+GRACE_S = 60.0
+"""For saving a checkpoint after SIGTERM; then comes SIGKILL."""
+
+
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Asks the kernel to send this process a signal when its parent dies. Linux only; elsewhere nothing happens."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:  # it died before we asked
+        os.kill(os.getpid(), number)
+
+
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """The command for a foreign program such that it is killed when its parent dies; see `die_with_parent`."""
+    return [sys.executable, "-P", __file__, *command]  # -P: our modules must not hide Python's own
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock, and who started it. Start times tell a process from a later one with the same number."""
+
+    pid: int
+    started: float
+    parent_pid: int
+    parent_started: float
+
+    @classmethod
+    def read(cls, path: Path) -> Holder | None:
+        """What `describe_self` wrote; None where nothing legible is there (yet)."""
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def is_alive(self) -> bool:
+        return _started(self.pid) == self.started
+
+    def is_orphan(self) -> bool:
+        return self.is_alive() and _started(self.parent_pid) != self.parent_started
+
+
+def describe_self() -> bytes:
+    """This process as a `Holder`, for a lock file."""
+    parent = os.getppid()
+    holder = Holder(os.getpid(), _started(os.getpid()), parent, _started(parent))
+    return json.dumps(asdict(holder)).encode()
+
+
+def _started(pid: int) -> float:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+    except psutil.Error:
+        return 0.0
+
+
+def stop_orphan(holder: Holder) -> bool:
+    """Stops a process whose parent is gone: SIGTERM, so that it saves, then SIGKILL for it and its children.
+
+    Returns:
+        Whether it was one. False: it is somebody's, or already on its way out.
+    """
+    import psutil
+
+    if not holder.is_orphan():
+        return False
+    print(f"process {holder.pid} of an earlier run outlived it: told to stop", flush=True)
+    try:
+        process = psutil.Process(holder.pid)
+        family = [*process.children(recursive=True), process]
+        process.terminate()
+        deadline = time.monotonic() + GRACE_S
+        while holder.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for member in family:
+            if member.is_running():
+                member.kill()
+    except psutil.Error:
+        pass  # it ended meanwhile
+    return True
+
+
+if __name__ == "__main__":  # `bound_to_parent`; what was asked of the kernel outlives exec
+    die_with_parent(signal.SIGKILL)
+    os.execvp(sys.argv[1], sys.argv[1:])

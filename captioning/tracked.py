@@ -1,0 +1,46 @@
+"""Outs of earlier stages, compared with the digests that DVC recorded when they were made.
+
+DVC itself compares only size and time before a stage runs, so a flipped bit would be read silently. Feature files,
+shards and model directories carry digests of their own and are not read twice here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from captioning import paths, storage
+from captioning.errors import DamagedError
+
+LOCK = Path("dvc.lock")
+
+
+@cache
+def _recorded(modified: int) -> dict[str, str]:
+    """MD5 of each out that is a single file, by path; `modified` is the lock's time, so that a new one is read."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        stages: Any = (YAML(typ="safe").load(LOCK) or {}).get("stages", {})
+        outs = [out for entry in stages.values() for out in entry.get("outs", [])]
+        return {out["path"]: out["md5"] for out in outs if not out.get("md5", ".dir").endswith(".dir")}
+    except (OSError, YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError):
+        return {}
+
+
+def require(path: Path, stage: str) -> Path:
+    """The path, if it holds something, and a file that DVC recorded if it still holds just that.
+
+    Raises:
+        CapstanError: missing or empty; says which stage makes it.
+        DamagedError: other bytes than were recorded. It is set aside, so that the next `dvc repro` restores it.
+    """
+    paths.require(path, stage)
+    expected = _recorded(LOCK.stat().st_mtime_ns).get(path.as_posix()) if LOCK.exists() else None
+    if expected and hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest() != expected:
+        aside = storage.set_aside(path)
+        raise DamagedError(f"{path} has other bytes than dvc.lock recorded (kept as {aside}). Run `dvc repro` again.")
+    return path

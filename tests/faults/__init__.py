@@ -1,0 +1,1 @@
+"""Fault injection: kills, full disks and damaged files in temporary clones, through the real `dvc repro`."""

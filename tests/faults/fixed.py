@@ -1,0 +1,63 @@
+"""The named cases that every run of the matrix begins with, whatever COUNT and SEED."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+from faults.cases import Case, kill_at, kill_from_outside, own_events, work_marks
+from faults.survey import TARGETS, Event, Survey
+
+
+def fixed_cases(surveys: dict[str, Survey]) -> list[Case]:
+    """For each stage: a kill as it publishes, and of dvc before it writes its lock; then what only some stages have."""
+    cases = []
+    for stage in [stage for stage in TARGETS if stage in surveys]:
+        cases += _publishing(surveys[stage])
+    for stage in [stage for stage in ("download", "features", "train", "generate", "blip") if stage in surveys]:
+        cases += _with_work(surveys[stage])
+    for lock in (".dvc/tmp/rwlock", "dvc.lock"):
+        name, fault = _whole_group(surveys["features"])
+        cases.append(Case("features", f"{name}; {lock} emptied or cut", ((fault,),), lock=lock))
+    return cases
+
+
+def _last(survey: Survey, wanted: Callable[[Event], bool]) -> Event | None:
+    return next((event for event in reversed(survey.events) if wanted(event)), None)
+
+
+def _publishing(survey: Survey) -> list[Case]:
+    cases = []
+    published = _last(survey, lambda e: e.role == "stage" and e.call == "replace" and "times" not in e.path)
+    if published:
+        for when in ("before", "after"):
+            name, fault = kill_at(published, when)
+            cases.append(Case(survey.stage, name, ((fault,),)))
+    locked = _last(survey, lambda e: e.role == "dvc" and e.call == "open" and e.path == "dvc.lock")
+    if locked:
+        name, fault = kill_at(locked, "before")
+        cases.append(Case(survey.stage, name, ((fault,),)))
+    return cases
+
+
+def _middle(survey: Survey) -> Event:
+    """When about half of the work is done."""
+    events = own_events(survey)
+    marks = work_marks(survey) or list(range(len(events)))
+    return events[marks[len(marks) // 2]]
+
+
+def _whole_group(survey: Survey) -> tuple[str, dict]:
+    return kill_from_outside(_middle(survey), "group", signal.SIGKILL, 0)
+
+
+def _with_work(survey: Survey) -> list[Case]:
+    middle, stage = _middle(survey), survey.stage
+    cases = []
+    for target, number in (("dvc", signal.SIGKILL), ("group", signal.SIGKILL), ("stage", signal.SIGTERM)):
+        name, fault = kill_from_outside(middle, target, number, 0)
+        cases.append(Case(stage, name, ((fault,),)))
+    name, fault = _whole_group(survey)
+    for which in ("newest", "all"):
+        cases.append(Case(stage, f"{name}; {which} flip", ((fault,),), damage=(which, "flip")))
+    return cases
