@@ -78,7 +78,8 @@ class Encoder(nn.Module):
             "encoder_dim": self.encoder_dim,
             "grid": list(self.grid),
             "weights_digest": self.weights_digest,
-            "transform": asdict(self.transform),
+            # Lists, as they come back from a file: what is described must equal what was stored.
+            "transform": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.transform).items()},
         }
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG = 1
 GRACE_S = 60.0
@@ -38,8 +39,8 @@ class Holder:
 
     pid: int
     started: float
-    parent_pid: int
-    parent_started: float
+    ancestors: list[tuple[int, float]]
+    """Numbers and start times of those without whom it is an orphan: its parent, and DVC where a shell is between."""
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
@@ -53,14 +54,27 @@ class Holder:
         return _started(self.pid) == self.started
 
     def is_orphan(self) -> bool:
-        return self.is_alive() and _started(self.parent_pid) != self.parent_started
+        return self.is_alive() and any(_started(pid) != started for pid, started in self.ancestors)
 
 
 def describe_self() -> bytes:
     """This process as a `Holder`, for a lock file."""
-    parent = os.getppid()
-    holder = Holder(os.getpid(), _started(os.getpid()), parent, _started(parent))
-    return json.dumps(asdict(holder)).encode()
+    import psutil
+
+    parents = psutil.Process().parents()
+    # Some shells stay between DVC and its stage, and torchrun is between a rank and both.
+    above = [n for n, parent in enumerate(parents[:4]) if _is_dvc(parent)] if "DVC_STAGE" in os.environ else []
+    ancestors = [(parent.pid, _started(parent.pid)) for parent in parents[: above[0] + 1 if above else 1]]
+    return json.dumps(asdict(Holder(os.getpid(), _started(os.getpid()), ancestors))).encode()
+
+
+def _is_dvc(process: Any) -> bool:
+    import psutil
+
+    try:
+        return any(Path(argument).name == "dvc" for argument in process.cmdline()[:3])
+    except psutil.Error:
+        return False
 
 
 def _started(pid: int) -> float:

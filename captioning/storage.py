@@ -18,6 +18,7 @@ from captioning.errors import CapstanError, DamagedError
 
 CHUNK = 1 << 22
 MANIFEST = "manifest.json"
+SEAL = b"\ncapstan-xxh3-128 "
 
 
 def digest_file(path: Path) -> str:
@@ -177,6 +178,32 @@ def verify(folder: Path) -> int:
     if strays:
         raise DamagedError(f"{folder} holds {min(strays)}, which was not committed with it")
     return sum(len(read_committed(folder, name, manifest)) for name in manifest["files"])
+
+
+def seal(path: Path) -> None:
+    """Appends the digest of a file's bytes to it, for formats that read no further than their own end, as HDF5 does."""
+    digest = bytes.fromhex(digest_file(path))
+    with path.open("ab") as file:
+        file.write(SEAL + digest)
+
+
+def check_seal(path: Path) -> None:
+    """Compares a sealed file's bytes with its digest, before a library that trusts them may loop or crash on them.
+
+    Raises:
+        DamagedError: other bytes than were sealed, or no seal.
+    """
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END) - len(SEAL) - 16
+        file.seek(max(end, 0))
+        footer = file.read()
+        file.seek(0)
+        digest, left = xxhash.xxh3_128(), end
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    if end < 0 or footer != SEAL + digest.digest():
+        raise DamagedError(f"{path} is damaged: its bytes have another digest")
 
 
 def write_part(target: Path, rows: Iterable[Any], about: Any) -> None:

@@ -203,12 +203,12 @@ def _is_recorded(folder: Path) -> bool:
     note = read_note(folder / PUBLISHED)
     if not note:
         return False
-    lock = Path(note["lock"])
+    lock = Path(str(note.get("lock")))
     try:
         newer = lock.stat().st_mtime_ns > (folder / PUBLISHED).stat().st_mtime_ns
     except FileNotFoundError:
         return False
-    return newer and note["stage"] in _recorded_stages(lock)
+    return newer and note.get("stage") in _recorded_stages(lock)
 
 
 def _remove(folder: Path) -> bool:

@@ -110,9 +110,10 @@ def test_a_lock_of_a_number_that_another_process_has_now_is_no_orphan() -> None:
     import json
 
     own = json.loads(describe_self())
+    pid, started = own["ancestors"][0]
     assert not Holder(**own).is_orphan()
-    assert not Holder(**{**own, "started": own["started"] - 1, "parent_pid": 0}).is_orphan()
-    assert Holder(**{**own, "parent_started": own["parent_started"] - 1}).is_orphan()
+    assert not Holder(**{**own, "started": own["started"] - 1, "ancestors": []}).is_orphan()
+    assert Holder(**{**own, "ancestors": [[pid, started - 1]]}).is_orphan()
 
 
 def test_a_child_that_inherits_the_lock_keeps_others_out(root: Path) -> None:
