@@ -176,8 +176,11 @@ class Checkpointer:
 
     def _start_writer(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "captioning.checkpoint_writer", str(self.buffer.descriptor)]
+        library = str(Path(storage.__file__).parents[1])  # the working directory may be another
+        search = os.pathsep.join(filter(None, [library, os.environ.get("PYTHONPATH")]))
         return subprocess.Popen(
             command,
+            env={**os.environ, "PYTHONPATH": search},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
