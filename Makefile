@@ -36,7 +36,7 @@ repro: $(VENV)/installed  ## run what has changed of the pipeline: images to rep
 test: $(VENV)/installed-dev  ## run all tests, the pipeline's through real dvc
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
-faults: $(VENV)/installed-dev  ## kill, starve and damage runs: COUNT random cases of SEED; JOBS at a time; ONLY=<number> again
+faults: $(VENV)/installed-dev  ## kill, starve and damage runs: COUNT cases, the random ones of SEED, JOBS at a time; ONLY=<number> again
 	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests:. $(BIN)/python -m faults --count $(or $(COUNT),150) --seed $(or $(SEED),1) --jobs $(or $(JOBS),2) $(if $(ONLY),--only $(ONLY))
 
 flips: $(VENV)/installed-dev  ## flip bits in and truncate every file format: COUNT of each

@@ -14,13 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from captioning import monitoring, storage
 from captioning.checkpoint_writer import JOURNAL, PLAIN, TENSORS, checkpoint_folders
-from captioning.errors import CapstanError, DamagedError
+from captioning.errors import DamagedError
 from captioning.params import RecoveryParams
 from captioning.tensor_files import SharedBuffer, copy_tensors, join_tree, parse_tensors, split_tree
 
@@ -165,7 +166,7 @@ class Checkpointer:
         return True
 
     def _send(self, line: str) -> None:
-        if self.writer is None or self.writer.poll() is not None:
+        if self.writer is None:
             self.writer = self._start_writer()
         assert self.writer.stdin is not None
         try:
@@ -202,6 +203,8 @@ class Checkpointer:
         line = self.writer.stdout.readline()
         step, self.in_flight = self.in_flight, None
         answer = json.loads(line) if line else {"error": "its writer process died"}
+        if not line:
+            self._end_writer()
         if "error" in answer:
             paused = "saving is paused: " if answer.get("errno") in NO_SPACE else ""
             self._failed(f"{paused}step {step} was not saved: {answer['error']}")
@@ -219,21 +222,18 @@ class Checkpointer:
         """Waits for a save in flight and ends the writer. Says once more if the last save failed."""
         if self.in_flight is not None:
             self._take_answer()
-        if self.writer is not None:
-            for pipe in (self.writer.stdin, self.writer.stdout):
-                if pipe is not None:
-                    pipe.close()
-            self.writer.wait()
-            self.writer = None
+        self._end_writer()
         self.buffer.close()
         if self.last_error is not None:
             print(f"WARNING: the last save failed: {self.last_error}", file=sys.stderr, flush=True)
 
 
-def verify_checkpoint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where every byte is as it was written."""
-    try:
-        storage.verify(folder)
-    except CapstanError as error:
-        return str(error)
-    return None
+    def _end_writer(self) -> None:
+        if self.writer is None:
+            return
+        for pipe in (self.writer.stdin, self.writer.stdout):
+            with suppress(BrokenPipeError):  # what it did not take is of a save that failed
+                if pipe is not None:
+                    pipe.close()
+        self.writer.wait()
+        self.writer = None

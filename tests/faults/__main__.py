@@ -1,10 +1,10 @@
-"""The fault matrix: the fixed cases, then COUNT random ones of SEED.
+"""The fault matrix: COUNT cases, the fixed ones first, then random ones of SEED.
 
     PYTHONPATH=tests:. python -m faults --count 150 --seed 1
 
 Each case is killed, damaged or starved through the real `dvc repro` in its own clone, and must recover. State lies in
-`.work/faults/<digest of the code>`: stopped, it goes on where it was; changed code starts over. A wrong case
-keeps its clone; `--only 37` runs that case again.
+`.work/faults/<digest of the code>`: stopped, it goes on where it was; changed code of the pipeline starts
+over. A wrong case keeps its clone; `--only 37` runs that case again.
 """
 
 from __future__ import annotations
@@ -24,51 +24,61 @@ from pathlib import Path
 
 from clone import ROOT
 
+from faults import web
 from faults.cases import Case, draw_case
 from faults.fixed import fixed_cases
 from faults.runner import CaseRun, Missed, Reference, Result
-from faults.survey import Survey, load_surveys, make_template
+from faults.survey import (
+    VARIANTS,
+    WEB,
+    Survey,
+    load_surveys,
+    make_template,
+    make_variant,
+    template_of,
+    variant,
+)
 
 NUM_ATTEMPTS = 6
 KEPT = 4
 """Folders of earlier code that stay."""
 
 
-def state_folder() -> Path:
-    """Where the template and the results of this code lie."""
+def _digest(names: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    listed = ["dvc.yaml", "params.yaml", "tests/clone.py", "captioning", "stages", "tests/faults"]
-    for name in listed:
-        path = ROOT / name
+    for path in [ROOT / name for name in names]:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix != ".pyc")
         for file in files:
             digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    return ROOT / ".work" / "faults" / digest.hexdigest()[:12]
+    return digest.hexdigest()[:12]
+
+
+def state_folder() -> Path:
+    """Where the templates and the results of this code lie. The harness's own code is not in the name: see `known`."""
+    return ROOT / ".work" / "faults" / _digest(["dvc.yaml", "params.yaml", "captioning", "stages"])
 
 
 class Matrix:
     """The cases by number, and running them."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, same_port: bool) -> None:
+        """`same_port`: of the web server as when the templates were made."""
         self.folder, self.seed = folder, seed
-        if not (folder / "template-done").exists():
-            make_template(folder)
-            (folder / "template-done").touch()
+        _make_templates(folder, same_port)
         self.surveys: dict[str, Survey] = load_surveys(folder)
         self.fixed = fixed_cases(self.surveys)
-        self.reference = Reference.read(folder)
+        self.references = {name: Reference.read(folder, name) for name in VARIANTS}
         self.lock = threading.Lock()
 
     def run(self, number: int) -> Result:
         """Case `number`, counted from 1: a fixed one, or a random one, which is drawn anew where it misses."""
-        num_attempts = 1 if number <= len(self.fixed) else NUM_ATTEMPTS
-        for attempt in range(num_attempts):
+        for attempt in range(NUM_ATTEMPTS):
             case = self.case(number, attempt)
             result = self._attempt(number, case)
             if result:
                 result.attempts = attempt + 1
                 return result
-        return Result(f"{case.stage:9s} {case.name}", [f"its fault did not come about in {num_attempts} attempts"])
+        return Result(title(case), [f"its fault did not come about in {NUM_ATTEMPTS} attempts"])
 
     def case(self, number: int, attempt: int = 0) -> Case:
         if number <= len(self.fixed):
@@ -78,13 +88,13 @@ class Matrix:
     def _attempt(self, number: int, case: Case) -> Result | None:
         folder = self.case_folder(number)
         try:
-            result = CaseRun(self.reference, self.surveys, case, folder).run()
+            result = CaseRun(self.references[variant(case.stage)], self.surveys, case, folder).run()
         except Missed:
             return None
         except Exception as error:  # noqa: BLE001  one case that breaks the harness must not stop the others
             place = traceback.extract_tb(error.__traceback__)[-1]
             result = Result(case.name, [f"{type(error).__name__}: {error} ({place.name}, line {place.lineno})"])
-        result.name = f"{case.stage:9s} {case.name}"
+        result.name = title(case)
         if not result.problems:
             shutil.rmtree(folder)
         return result
@@ -100,17 +110,37 @@ class Matrix:
         with self.lock, self.results.open("a") as file:
             file.write(json.dumps({"number": number, **asdict(result)}) + "\n")
 
+    def known(self, numbers: Sequence[int]) -> dict[int, Result]:
+        """Results of an earlier, interrupted run. What went wrong, or is another case now, is run again."""
+        found = {}
+        for line in self.results.read_text().splitlines() if self.results.exists() else []:
+            try:
+                tree = json.loads(line)
+            except ValueError:  # cut short
+                continue
+            number, result = tree.pop("number"), Result(**tree)
+            if number in numbers and title(self.case(number, result.attempts - 1)) == result.name:
+                found[number] = result
+        return {number: result for number, result in found.items() if not result.problems}
 
-def read_results(path: Path) -> dict[int, Result]:
-    """Results of an earlier, interrupted run; a line cut short is run again."""
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            tree = json.loads(line)
-        except ValueError:
+
+def title(case: Case) -> str:
+    """A case in a line."""
+    return f"{case.stage:12s} {case.name}"
+
+
+def _make_templates(folder: Path, same_port: bool) -> None:
+    """Makes what is not there yet; `<template>.done` holds the digest of what it was made by."""
+    made_by = _digest(["tests/clone.py", "tests/faults/survey.py", "tests/faults/web.py", "tests/faults/inject"])
+    for name in VARIANTS:
+        done = folder / f"{template_of(folder, name).name}.done"
+        if done.exists() and done.read_text() == made_by and (name != WEB or same_port):
             continue
-        found[tree.pop("number")] = Result(**tree)
-    return found
+        if name:
+            make_variant(folder, name)
+        else:
+            make_template(folder)
+        done.write_text(made_by)
 
 
 def describe(number: int, result: Result, matrix: Matrix) -> str:
@@ -124,9 +154,9 @@ def describe(number: int, result: Result, matrix: Matrix) -> str:
     )
 
 
-def run_all(matrix: Matrix, numbers: Sequence[int], num_jobs: int) -> dict[int, Result]:
-    """Runs the cases that have no result yet, several at a time."""
-    done = {number: result for number, result in read_results(matrix.results).items() if number in numbers}
+def run_all(matrix: Matrix, numbers: Sequence[int], num_jobs: int, again: bool) -> dict[int, Result]:
+    """Runs the cases, several at a time; unless `again`, those that have no result yet."""
+    done = {} if again else matrix.known(numbers)
     if done:
         print(f"{len(done)} of {len(numbers)} cases were done before", flush=True)
     with ThreadPoolExecutor(num_jobs) as pool:
@@ -152,23 +182,23 @@ def forget_older(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__)
-    parser.add_argument("--count", type=int, default=150, help="random cases")
+    parser.add_argument("--count", type=int, default=150, help="cases in all: the fixed ones come first")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
-    parser.add_argument("--only", type=int, help="one case, by number, again")
-    parser.add_argument("--stages", nargs="*", help="only cases of these stages")
+    parser.add_argument("--only", type=int, nargs="*", help="these cases, by number, again")
+    parser.add_argument("--list", action="store_true", help="name the cases, run none")
     args = parser.parse_args()
     started = time.monotonic()
-    matrix = Matrix(state_folder(), args.seed)
-    forget_older(matrix.folder)
-    if args.only:
-        result = matrix.run(args.only)
-        print(describe(args.only, result, matrix))
-        sys.exit(bool(result.problems))
-    numbers = list(range(1, len(matrix.fixed) + args.count + 1))
-    if args.stages:
-        numbers = [n for n in numbers if matrix.case(n).stage in args.stages]
-    results = run_all(matrix, numbers, args.jobs)
+    folder = state_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    forget_older(folder)
+    with web.serve(folder) as same_port:
+        matrix = Matrix(folder, args.seed, same_port)
+        if args.list:
+            print("\n".join(f"{n:4d} {title(matrix.case(n))}" for n in range(1, args.count + 1)))
+            return
+        numbers = args.only or list(range(1, args.count + 1))
+        results = run_all(matrix, numbers, args.jobs, again=bool(args.only))
     wrong = [number for number, result in results.items() if result.problems]
     minutes = (time.monotonic() - started) / 60
     print(f"{minutes:.1f} minutes; wrong: {', '.join(map(str, sorted(wrong))) or 'none'}")

@@ -16,11 +16,13 @@ Fault = dict[str, Any]
 """For `inject/sitecustomize.py`: role, when, call, number, action and what the action needs."""
 
 SHARES = {
-    "train": 30, "download": 14, "features": 14, "blip": 12, "generate": 10, "score": 5, "prepare": 5, "report": 4,
-    WHOLE: 6,
+    "train": 24, "download": 12, "features": 11, "blip": 11, "generate": 9, "score": 6, "prepare": 5, "report": 4,
+    "train*2": 5, "features*2": 3, "generate*2": 2, "download*web": 3, WHOLE: 5,
 }  # fmt: skip
 KILLS = {signal.SIGKILL: 8, signal.SIGTERM: 1, signal.SIGINT: 1}
-TARGETS = {"stage": 4, "dvc": 3, "group": 3, "worker": 2, "writer": 2, "java": 1}
+TARGETS = {"stage": 4, "dvc": 3, "group": 3, "worker": 2, "writer": 2, "java": 1, "rank0": 3, "rank1": 3}
+UNSEEN = {"score": {"java"}, "features": {"worker"}}
+"""Processes that write no file themselves."""
 PLANS = {"point": 30, "moment": 30, "dvc": 8, "error": 10, "tear": 8, "slow": 3, "damage": 8, "change": 4, "lock": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     "download": {"download": {"jpeg_quality": 90}},
@@ -102,10 +104,8 @@ def kill_from_outside(event: Event, target: str, number: signal.Signals, delay_s
 
 def _random_moment(survey: Survey, draw: random.Random, plain: bool = False) -> tuple[str, Fault]:
     event = pick(own_events(survey), draw)
-    roles = {e.role for e in survey.events} | {"stage", "dvc", "group"}
-    targets = {
-        name: share for name, share in TARGETS.items() if name in roles or (name, survey.stage) == ("java", "score")
-    }
+    roles = {e.role for e in survey.events} | {"stage", "dvc", "group"} | UNSEEN.get(survey.stage, set())
+    targets = {name: share for name, share in TARGETS.items() if name in roles}
     target = _choose(draw, targets)
     number = signal.SIGKILL if plain else _choose(draw, KILLS)
     return kill_from_outside(event, target, number, round(draw.uniform(0, max(event.gap_s, 0.02)), 4))
@@ -144,11 +144,15 @@ def draw_case(surveys: dict[str, Survey], seed: int, number: int, attempt: int =
     """Case `number` of a seed; the next attempt where a case's fault did not come about."""
     draw = random.Random(f"{seed} {number} {attempt}")
     stage = _choose(draw, {name: share for name, share in SHARES.items() if name in surveys or name == WHOLE})
-    survey = surveys[draw.choice(sorted(set(surveys) & set(SHARES)))] if stage == WHOLE else surveys[stage]
+    survey = (
+        surveys[draw.choice([name for name in sorted(surveys) if "*" not in name])]
+        if stage == WHOLE
+        else surveys[stage]
+    )
     plans = {kind: share for kind, share in PLANS.items() if kind not in _impossible(stage)}
     kind = _choose(draw, plans)
     if stage == WHOLE:
-        name, fault = _random_moment(survey, draw)
+        name, fault = _random_moment(survey, draw, plain=True)
         return Case(stage, f"in {survey.stage}: {name}", ((fault,),))
     if kind in ("damage", "change"):
         name, fault = _late_kill(survey, draw)
@@ -174,8 +178,7 @@ def draw_case(surveys: dict[str, Survey], seed: int, number: int, attempt: int =
 
 def _impossible(stage: str) -> set[str]:
     """Plans that make no sense for a stage: there is no work to damage, or no change would leave other stages alone."""
-    without_work = {"damage", "change"} if stage in ("prepare", "report") else set()
-    return without_work | ({"tear", "error"} if stage == WHOLE else set())
+    return {"damage", "change"} if stage in ("prepare", "report") else set()
 
 
 def work_marks(survey: Survey) -> list[int]:

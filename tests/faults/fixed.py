@@ -6,7 +6,16 @@ import signal
 from collections.abc import Callable
 
 from faults.cases import Case, kill_at, kill_from_outside, own_events, work_marks
-from faults.survey import TARGETS, Event, Survey
+from faults.survey import TARGETS, WHOLE, Event, Survey
+
+STRUCK = {
+    "train*2": ("stage", "rank0", "rank1", "writer", "group", "dvc"),  # `stage` is torchrun's agent here
+    "features*2": ("stage", "rank0", "rank1"),
+    "generate*2": ("rank1",),
+    "download*web": ("worker", "stage", "group"),
+}
+"""Who is killed when half of the work is done, where several processes do it."""
+WHOLE_TOO = set(TARGETS)
 
 
 def fixed_cases(surveys: dict[str, Survey]) -> list[Case]:
@@ -19,6 +28,13 @@ def fixed_cases(surveys: dict[str, Survey]) -> list[Case]:
     for lock in (".dvc/tmp/rwlock", "dvc.lock"):
         name, fault = _whole_group(surveys["features"])
         cases.append(Case("features", f"{name}; {lock} emptied or cut", ((fault,),), lock=lock))
+    for stage, targets in STRUCK.items():
+        for target in targets if stage in surveys else ():
+            name, fault = kill_from_outside(_middle(surveys[stage]), target, signal.SIGKILL, 0)
+            cases.append(Case(stage, name, ((fault,),)))
+    for stage in [stage for stage in ("train", "score") if WHOLE_TOO <= set(surveys)]:
+        name, fault = _whole_group(surveys[stage])
+        cases.append(Case(WHOLE, f"in {stage}: {name}", ((fault,),)))
     return cases
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,25 +15,26 @@ from typing import Any
 
 from clone import Clone, stages_run
 
+from faults import web
 from faults.cases import CHANGES, Case, Fault
 from faults.damage import damage_work
 from faults.processes import Outcome, Run, orphans, processes_of, stop
+from faults.redone import allowed_units, newest_step
 from faults.survey import (
-    CHECKPOINT_STEPS,
     TARGETS,
+    WEB,
     WHOLE,
     Survey,
+    base,
     count_units,
     load_lock,
     prepare_case,
     read_trace,
     repro_targets,
     snapshot,
+    template_of,
+    variant,
 )
-
-# Units that one kill may cost. Steps: an interval that is not saved yet, another while the writer is at work on the one
-# before, and the step under way. Shards: one a worker process.
-COSTS = {"train": 2 * CHECKPOINT_STEPS + 1, "blip": 2 * CHECKPOINT_STEPS + 1, "download": 2}
 
 
 class Missed(Exception):
@@ -51,15 +53,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Reference:
-    """The template's results, which each case must come back to."""
+    """A template's results, which each of its cases must come back to."""
 
     folder: Path
     lock: dict[str, Any]
     files: dict[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Reference:
-        template = Clone(folder / "template")
+    def read(cls, folder: Path, name: str = "") -> Reference:
+        """Of the template in the state's `folder`; `name`: its variant."""
+        template = Clone(template_of(folder, name))
         return cls(folder, load_lock(template), snapshot(template))
 
 
@@ -70,11 +73,11 @@ class CaseRun:
         self.reference, self.surveys, self.case, self.folder = reference, surveys, case, folder
         stop(processes_of(folder / "clone"), signal.SIGKILL)  # of a harness that was stopped
         shutil.rmtree(folder, ignore_errors=True)
-        self.clone = prepare_case(reference.folder / "template", folder / "clone", case.stage)
+        self.clone = prepare_case(reference.folder, folder / "clone", case.stage)
         self.targets = repro_targets(case.stage)
         self.outcomes: list[Outcome] = []
         self.traces: list[dict[str, Any]] = []
-        self.num_damaged = 0
+        self.num_damaged = self.steps_damaged = 0
         self.result = Result(case.name)
 
     def run(self) -> Result:
@@ -83,6 +86,10 @@ class CaseRun:
         Raises:
             Missed: the case's fault did not come about.
         """
+        with web.EXCLUSIVE if variant(self.case.stage) == WEB else nullcontext():
+            return self._run()
+
+    def _run(self) -> Result:
         for number, faults in enumerate(self.case.runs):
             outcome = self._repro(f"{number + 1}", faults)
             if outcome.code is None:
@@ -107,8 +114,10 @@ class CaseRun:
         draw = random.Random(self.case.name)
         if self.case.damage:
             orphans(self.clone.path)  # what still saves would mend the damage
-            work = self.clone.path / ".work" / self.case.stage
-            self.num_damaged = len(damage_work(work, *self.case.damage, draw)) if work.exists() else 0
+            work = self.clone.path / ".work" / base(self.case.stage)
+            newest = newest_step(work)
+            changed = damage_work(work, *self.case.damage, draw) if work.exists() else []
+            self.num_damaged, self.steps_damaged = len(changed), newest - newest_step(work, changed)
             if not self.num_damaged:
                 raise Missed
         if self.case.lock:
@@ -121,7 +130,7 @@ class CaseRun:
     def _change_and_revert(self) -> None:
         params = self.clone.path / "params.yaml"
         before = params.read_bytes()
-        self.clone.set(CHANGES[self.case.stage])
+        self.clone.set(CHANGES[base(self.case.stage)])
         if self._repro("changed", counted=False).code != 0:
             self.result.problems.append("`dvc repro` with a changed param failed")
         params.write_bytes(before)
@@ -146,10 +155,10 @@ class CaseRun:
         problems += _differences("dvc.lock: stage", self.reference.lock, load_lock(self.clone))
         problems += _differences("file", self.reference.files, snapshot(self.clone))
         problems += [f"temporary file left: {path}" for path in sorted((self.clone.path / ".work").rglob("*.tmp"))]
-        stages = TARGETS if self.case.stage == WHOLE else [self.case.stage]
+        stages = [*TARGETS] if self.case.stage == WHOLE else [self.case.stage]
         self.result.redone = sum(self._redone(stage) for stage in stages)
-        allowed = self._allowed()
-        if allowed is not None and self.result.redone > allowed:
+        allowed = sum(self._allowed(stage) for stage in stages)
+        if self.result.redone > allowed and self.targets == repro_targets(self.case.stage):
             problems.append(f"{self.result.redone} units of work redone, at most {allowed} allowed")
         told = re.search("damaged|corrupt|set aside", self.outcomes[-2].output) if len(self.outcomes) > 1 else None
         if self.case.damage and self.case.damage[0] != "swapped" and self.case.damage[1] != "deleted" and not told:
@@ -158,14 +167,9 @@ class CaseRun:
     def _redone(self, stage: str) -> int:
         return max(count_units(stage, self.traces) - self.surveys[stage].num_units, 0)
 
-    def _allowed(self) -> int | None:
-        """Units that may be redone: for every run that was broken off, and every damaged piece. None: no bound."""
-        if self.case.stage == WHOLE:
-            return max(COSTS.values())  # one stage was hit
-        if (self.case.damage and self.case.damage[0] == "all") or self.case.lock == "dvc.lock":
-            return None
-        cost = COSTS.get(self.case.stage, 1)
-        return cost * (len(self.case.runs) + self.num_damaged)
+    def _allowed(self, stage: str) -> int:
+        """Units that may be redone: for every run that was broken off, and for what was damaged."""
+        return allowed_units(stage, self.traces, len(self.case.runs), self.num_damaged) + self.steps_damaged
 
 
 def _differences(what: str, expected: dict[str, Any], found: dict[str, Any]) -> list[str]:

@@ -1,6 +1,8 @@
-"""The template: a tiny clone after an uninterrupted run, and what each stage did to files meanwhile.
+"""Templates: tiny clones after uninterrupted runs, and what each stage did to files meanwhile.
 
-Cases are copies of the template without one stage's results (or without all), so no case waits for another's stages.
+Cases are copies of a template without one stage's results (or without all), so no case waits for another's stages.
+A stage is named as in DVC, or with the variant of the template: `train*2` is train in two processes, `download*web`
+a download from `faults.web`'s unreliable server.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from clone import LSTM, ROOT, Clone, stages_run
 from ruamel.yaml import YAML
 
 from captioning.reporting.provenance import without_run
+from faults import web
 from faults.processes import Run
 
 WHOLE = "pipeline"
@@ -42,6 +45,13 @@ SETTINGS: dict[str, Any] = {
 }
 """Over `clone.TINY`: many small pieces of work, so that there is something to resume."""
 CHECKPOINT_STEPS = 2
+TWO, WEB = "2", "web"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "": tuple(TARGETS),
+    TWO: ("features*2", "train*2", "generate*2"),
+    WEB: ("download*web",),
+}
+"""Stages of each template."""
 UNITS = {"download": r"/shards/.*\.tar\b", "features": r"\.h5\b", "generate": r"\.jsonl\b", "score": r"\.jsonl\b"}
 """Pieces of work that are finished by renaming a file in `.work`, by stage; in train and blip they are steps."""
 
@@ -71,6 +81,21 @@ class Survey:
     num_units: int
 
 
+def base(stage: str) -> str:
+    """`train` of `train*2`."""
+    return stage.partition("*")[0]
+
+
+def variant(stage: str) -> str:
+    """`2` of `train*2`; empty for the plain template."""
+    return stage.partition("*")[2]
+
+
+def template_of(folder: Path, name: str) -> Path:
+    """Where a variant's template lies in the state's folder."""
+    return folder / (f"template-{name}" if name else "template")
+
+
 def read_trace(folder: Path) -> list[dict[str, Any]]:
     """Operations in the order they happened; a line cut short by a kill is left out."""
     events = []
@@ -85,15 +110,16 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
 
 def count_units(stage: str, trace: list[dict[str, Any]]) -> int:
     """Pieces of a stage's work done: optimizer steps, or files committed in `.work`."""
-    trace = [event for event in trace if event["stage"] == TARGETS.get(stage)]
-    if stage in ("train", "blip"):
+    trace = [event for event in trace if event["stage"] == TARGETS.get(base(stage))]
+    if base(stage) in ("train", "blip"):
         return sum(event["call"] == "step" and event["role"] in ("stage", "rank0") for event in trace)
     return sum(event["call"] == "replace" and is_unit(stage, event["path"]) for event in trace)
 
 
 def is_unit(stage: str, path: str) -> bool:
     """Whether the renamed file is a finished piece of a stage's work."""
-    return path.startswith(".work/") and stage in UNITS and bool(re.search(UNITS[stage], path))
+    pattern = UNITS.get(base(stage))
+    return pattern is not None and path.startswith(".work/") and bool(re.search(pattern, path))
 
 
 def _events(trace: list[dict[str, Any]]) -> list[Event]:
@@ -108,32 +134,59 @@ def _events(trace: list[dict[str, Any]]) -> list[Event]:
     return found[::-1]
 
 
-def make_template(folder: Path, stages: Sequence[str] = tuple(TARGETS)) -> None:
-    """Runs the stages, each alone and traced, in `folder/template`, and writes `folder/survey.json`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    clone = Clone.make(folder / "template")
+def make_template(folder: Path, stages: Sequence[str] = VARIANTS[""]) -> None:
+    """Runs the stages, each alone and traced, in `folder/template`, and writes `folder/template.json`."""
+    path = template_of(folder, "")
+    shutil.rmtree(path, ignore_errors=True)
+    clone = Clone.make(path)
     clone.set(SETTINGS | _recovery())
+    _run_stages(clone, folder, _with_what_they_need(stages))
+    if set(stages) == set(TARGETS):
+        assert not (ran := stages_run(clone.dvc("repro"))), f"{ran} ran again after every stage had run"
+    _finish(clone)
+
+
+def make_variant(folder: Path, name: str) -> None:
+    """The same for a variant, in a copy of the plain template; `faults.web` must be serving for its own."""
+    path = template_of(folder, name)
+    shutil.rmtree(path, ignore_errors=True)
+    clone = Clone(template_of(folder, "")).copy(path)
+    if name == WEB:
+        (path / web.TABLE).write_text(web.table())
+        clone.set(web.SETTINGS)
+    else:
+        clone.set({base(stage): {"num_processes": int(name)} for stage in VARIANTS[name]})
+    _run_stages(clone, folder, {stage: TARGETS[base(stage)] for stage in VARIANTS[name]})
+    _finish(clone)
+
+
+def _run_stages(clone: Clone, folder: Path, targets: dict[str, str]) -> None:
     surveys = []
-    for stage, target in _with_what_they_need(stages).items():
-        print(f"template: {target}", flush=True)
-        run = Run(clone, folder / "template-runs" / target, ["-s", target], [])
+    for stage, target in targets.items():
+        print(f"{clone.path.name}: {target}", flush=True)
+        runs = folder / "runs" / clone.path.name / target
+        shutil.rmtree(runs, ignore_errors=True)
+        run = Run(clone, runs, ["-s", target], [])
         outcome = run.wait()
         if outcome.code != 0:
             raise SystemExit(f"the uninterrupted run of {target} failed:\n{outcome.output[-3000:]}")
         trace = read_trace(run.folder)
         surveys.append(Survey(stage, _events(trace), count_units(stage, trace)))
-    if set(stages) == set(TARGETS):
-        assert not (ran := stages_run(clone.dvc("repro"))), f"{ran} ran again after every stage had run"
+    text = json.dumps([asdict(survey) for survey in surveys])
+    (folder / f"{clone.path.name}.json").write_text(text)
+
+
+def _finish(clone: Clone) -> None:
     clone.commit("run")
     for name in (".work", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(clone.path / name, ignore_errors=True)
-    (folder / "survey.json").write_text(json.dumps([asdict(survey) for survey in surveys]))
 
 
 def _recovery() -> dict[str, Any]:
     """Checkpoints every few steps, where params.yaml has that section."""
     params = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
-    return {"recovery": {"checkpoint_steps": CHECKPOINT_STEPS}} if "recovery" in params else {}
+    changes = {"checkpoint_steps": CHECKPOINT_STEPS, "min_free_gb": 0.001}  # a full disk would cost old work
+    return {"recovery": changes} if "recovery" in params else {}
 
 
 def _with_what_they_need(stages: Sequence[str]) -> dict[str, str]:
@@ -146,11 +199,12 @@ def _with_what_they_need(stages: Sequence[str]) -> dict[str, str]:
 
 
 def load_surveys(folder: Path) -> dict[str, Survey]:
-    """Surveys by stage, as `make_template` wrote them."""
+    """Surveys of all templates by stage, as `make_template` and `make_variant` wrote them."""
     found = {}
-    for tree in json.loads((folder / "survey.json").read_text()):
-        tree["events"] = [Event(**event) for event in tree["events"]]
-        found[tree["stage"]] = Survey(**tree)
+    for path in sorted(folder.glob("template*.json")):
+        for tree in json.loads(path.read_text()):
+            tree["events"] = [Event(**event) for event in tree["events"]]
+            found[tree["stage"]] = Survey(**tree)
     return found
 
 
@@ -163,12 +217,15 @@ def load_lock(clone: Clone) -> dict[str, Any]:
     return tree
 
 
+NOT_COMPARED = (".git", ".dvc", ".work", "dvc.lock", "dvc.lock.corrupt")
+
+
 def snapshot(clone: Clone) -> dict[str, str]:
     """sha256 of every file of a clone besides git's, DVC's and Python's own, dvc.lock and work in progress."""
     digests = {}
     for path in sorted(clone.path.rglob("*")):
         name = path.relative_to(clone.path).as_posix()
-        if name.split("/")[0] in (".git", ".dvc", ".work", "dvc.lock") or "__pycache__" in name or path.is_dir():
+        if name.split("/")[0] in NOT_COMPARED or "__pycache__" in name or path.is_dir():
             continue
         content = path.read_bytes()
         if name == "reports/index.html":
@@ -177,12 +234,12 @@ def snapshot(clone: Clone) -> dict[str, str]:
     return digests
 
 
-def prepare_case(template: Path, path: Path, stage: str) -> Clone:
-    """A copy of the template that has not run `stage` yet (WHOLE: nothing yet), committed as such."""
-    clone = Clone(template).copy(path)
+def prepare_case(folder: Path, path: Path, stage: str) -> Clone:
+    """A copy of its template that has not run `stage` yet (WHOLE: nothing yet), committed as such."""
+    clone = Clone(template_of(folder, variant(stage))).copy(path)
     yaml = YAML()
     lock = yaml.load(path / "dvc.lock")
-    gone = list(lock["stages"]) if stage == WHOLE else [TARGETS[stage]]
+    gone = list(lock["stages"]) if stage == WHOLE else [TARGETS[base(stage)]]
     for name in gone:
         for out in lock["stages"].pop(name)["outs"]:
             target = path / out["path"]
@@ -193,4 +250,4 @@ def prepare_case(template: Path, path: Path, stage: str) -> Clone:
 
 
 def repro_targets(stage: str) -> list[str]:
-    return [] if stage == WHOLE else ["-s", TARGETS[stage]]
+    return [] if stage == WHOLE else ["-s", TARGETS[base(stage)]]
