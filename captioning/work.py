@@ -105,6 +105,8 @@ def open_work(stage: str, name: str, about: Any = None, world: World | None = No
     try:
         folder.mkdir(exist_ok=True)
         storage.remove(folder / PUBLISHED)
+        for leftover in list(folder.rglob(".*.tmp")):  # of a killed write; nobody else can be writing now
+            storage.remove(leftover)
         storage.write_json(folder / ABOUT, {"stage": _stage_name(stage), "about": about})
         if world is not None:
             world.wait()

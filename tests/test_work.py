@@ -126,6 +126,16 @@ def test_a_child_that_inherits_the_lock_keeps_others_out(root: Path) -> None:
     assert "in" in waiting.communicate()[0]
 
 
+def test_leftovers_of_a_killed_write_are_removed(root: Path) -> None:
+    with work.open_work("train", "abc") as found:
+        (found.folder / "checkpoints/.step-00000005.tmp").mkdir(parents=True)
+        (found.folder / "checkpoints/.step-00000005.tmp/a").touch()
+        (found.folder / ".x.json.tmp").touch()
+        (found.folder / "x.json").touch()
+    with work.open_work("train", "abc") as found:
+        assert sorted(p.name for p in found.folder.rglob("*")) == ["checkpoints", "work.json", "x.json"]
+
+
 def make(name: str, published: bool, lock: Path) -> Path:
     os.environ["DVC_STAGE"] = "train@x"
     try:
