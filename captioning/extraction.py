@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from captioning import monitoring, storage
+from captioning.distributed import ALONE, World
 from captioning.encoders import Encoder, Transform
 from captioning.errors import CapstanError
 from captioning.feature_files import open_features, write_features
@@ -75,9 +76,15 @@ def missing_shards(encoder: Encoder, shards: list[Path], out: Path) -> list[Path
 
 
 def extract_features(
-    encoder: Encoder, todo: list[Path], out: Path, batch_size: int, num_workers: int, precision: str
+    encoder: Encoder,
+    todo: list[Path],
+    out: Path,
+    batch_size: int,
+    num_workers: int,
+    precision: str,
+    world: World = ALONE,
 ) -> None:
-    """Writes `out/<shard>.h5` for each shard.
+    """Writes `out/<shard>.h5` for each shard; `todo` is this process's share, and the main one shows its own pace.
 
     Raises:
         CapstanError: a shard without images.
@@ -95,7 +102,8 @@ def extract_features(
     )
     dtype = choose_precision(precision, device)
     current, keys, chunks = 0, [], []  # type: int, list[str], list[np.ndarray]
-    with Progress(f"features {encoder.name}", unit="image") as progress, torch.inference_mode():
+    title = f"features {encoder.name}" + (f" (1 of {world.num_processes} processes)" if world.num_processes > 1 else "")
+    with Progress(title, unit="image", shown=world.is_main) as progress, torch.inference_mode():
         batches = iter(loader)
         while True:
             with monitoring.waiting():
@@ -109,7 +117,7 @@ def extract_features(
             chunks.append(_encode(encoder, torch.from_numpy(pixels).to(device), dtype))
             keys += batch_keys
             progress.update(len(batch_keys))
-            monitoring.count(images=len(batch_keys))
+            monitoring.count(images=len(batch_keys) * world.num_processes)
     if todo:
         _write(out, todo[current], keys, chunks, encoder)
 

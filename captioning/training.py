@@ -93,7 +93,7 @@ class DecoderTask:
             rate = self.stepper.optimizer.param_groups[0]["lr"]
             self.journal(step + 1, {"train/loss": value, "train/learning_rate": rate})
         if share.batch is not None:
-            monitoring.count(images=len(share.batch.features), tokens=share.batch.num_tokens)
+            monitoring.count(len(share.batch.features) * self.world.num_processes, share.num_tokens)
         return Outcome(value, share.num_tokens, finite, stop)
 
     def _loss(self, share: Share) -> Tensor | None:

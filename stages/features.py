@@ -48,7 +48,7 @@ def features(
             verify_shards(shards, [path.stem for path in missing])
         todo = [shards / tar for tar in world.share([path.name for path in missing])]
         mine = [todo[i] for i in world.part(len(todo))]
-        extraction.extract_features(encoder, mine, found.folder, batch_size, num_workers, precision)
+        extraction.extract_features(encoder, mine, found.folder, batch_size, num_workers, precision, world)
         world.wait()
         if world.is_main:
             storage.publish(found.folder, out, [f"{shard.stem}.h5" for shard in shard_paths])

@@ -52,7 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     WEB: ("download*web",),
 }
 """Stages of each template."""
-UNITS = {"download": r"/shards/.*\.tar\b", "features": r"\.h5\b", "generate": r"\.jsonl\b", "score": r"\.jsonl\b"}
+UNITS = {"download": r"/parts/.*\.parquet\b", "features": r"\.h5\b", "generate": r"\.jsonl\b", "score": r"\.jsonl\b"}
 """Pieces of work that are finished by renaming a file in `.work`, by stage; in train and blip they are steps."""
 
 
