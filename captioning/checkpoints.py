@@ -227,7 +227,6 @@ class Checkpointer:
         if self.last_error is not None:
             print(f"WARNING: the last save failed: {self.last_error}", file=sys.stderr, flush=True)
 
-
     def _end_writer(self) -> None:
         if self.writer is None:
             return

@@ -88,15 +88,16 @@ def _fill_parts(
     device = choose_device()
     decoder = captioner.decoder.to(device)
     options: dict[str, Any] = settings.model_dump(exclude={"num_processes"})
-    done = len(image_ids) - sum(len(parts[i][1]) for i in missing)
-    with Progress(title, len(image_ids), "image", done, world.is_main) as progress:
-        for i in (missing[number] for number in world.part(len(missing))):
+    mine = [missing[number] for number in world.part(len(missing))]
+    title += f" (1 of {world.num_processes} processes)" if world.num_processes > 1 else ""
+    with Progress(title, sum(len(parts[i][1]) for i in mine), "image", shown=world.is_main) as progress:
+        for i in mine:
             path, ids = parts[i]
             start = i * settings.batch_size
             hypotheses = search_store(decoder, store, device, range(start, start + len(ids)), **options)
             storage.write_part(path, [_to_row(*pair) for pair in zip(ids, hypotheses, strict=True)], ids)
-            monitoring.count(images=len(ids))
-            progress.update(len(ids) * world.num_processes)
+            monitoring.count(images=len(ids) * world.num_processes)
+            progress.update(len(ids))
 
 
 def _to_row(image_id: str, hypothesis: Hypothesis) -> Row:
