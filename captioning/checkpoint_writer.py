@@ -40,7 +40,9 @@ def write(request: dict[str, Any], descriptor: int) -> dict[str, Any]:
             files.write(PLAIN, request["plain"].encode())
             files.write(JOURNAL, request["journal"].encode())
     for old in checkpoint_folders(target.parent)[request["keep"] :]:
-        storage.remove(old)
+        gone = old.with_name(f".{old.name}.tmp")
+        os.replace(old, gone)  # so that a kill leaves no half of it behind
+        storage.remove(gone)
     num_bytes = sum(file["num_bytes"] for file in files.files.values())
     return {"num_bytes": num_bytes, "seconds": time.monotonic() - started}
 

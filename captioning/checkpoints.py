@@ -156,8 +156,12 @@ class Checkpointer:
 
     def _has_room(self, num_bytes: int) -> bool:
         """Twice the size, so that the disk is not filled to the last byte."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.folder).free
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            self._failed(f"saving is paused: {error.strerror} ({self.folder})")
+            return False
         if free < 2 * num_bytes:
             self._failed(
                 f"saving is paused: a checkpoint has {num_bytes / 1e6:.0f} MB, the disk has {free / 1e6:.0f} MB left"
@@ -186,6 +190,7 @@ class Checkpointer:
             stdout=subprocess.PIPE,
             text=True,
             pass_fds=(self.buffer.descriptor, self.lock),
+            start_new_session=True,  # torchrun kills the whole group of a rank
         )
 
     def _answered(self) -> bool:
@@ -236,3 +241,5 @@ class Checkpointer:
                     pipe.close()
         self.writer.wait()
         self.writer = None
+        for leftover in self.folder.glob(".*.tmp"):  # of a writer that was killed
+            storage.remove(leftover)

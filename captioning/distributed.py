@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from captioning.precision import choose_device
+
 TIMEOUT = timedelta(minutes=30)
 """A rank that hangs for so long brings the run down; one that dies does so at once."""
 
@@ -113,7 +115,7 @@ def join_world() -> Iterator[World]:
         return
     backend = "cpu:gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(choose_device())
         backend += ",cuda:nccl"
     dist.init_process_group(backend, timeout=TIMEOUT)
     try:

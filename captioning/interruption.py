@@ -43,6 +43,8 @@ class Interruption:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.signal is not None:
+            raise Interrupted(self.signal)  # it came when there was nothing left to stop here, but there may be after
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

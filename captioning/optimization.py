@@ -68,11 +68,9 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         finite = math.isfinite(value) and math.isfinite(norm.item())
-        if (
-            finite or self.scaler.is_enabled()
-        ):  # the scaler skips by itself, and must see the infinity to lower its scale
+        if finite:
             self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.update()  # lowers the scale where `unscale_` met an infinity
         return value, finite, stops > 0
 
     def state_dict(self) -> dict[str, Any]:

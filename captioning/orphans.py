@@ -41,6 +41,8 @@ class Holder:
     started: float
     ancestors: list[tuple[int, float]]
     """Numbers and start times of those without whom it is an orphan: its parent, and DVC where a shell is between."""
+    launcher: tuple[int, float] | None
+    """torchrun's, which would start a rank again that is told to stop."""
 
     @classmethod
     def read(cls, path: Path) -> Holder | None:
@@ -65,7 +67,8 @@ def describe_self() -> bytes:
     # Some shells stay between DVC and its stage, and torchrun is between a rank and both.
     above = [n for n, parent in enumerate(parents[:4]) if _is_dvc(parent)] if "DVC_STAGE" in os.environ else []
     ancestors = [(parent.pid, _started(parent.pid)) for parent in parents[: above[0] + 1 if above else 1]]
-    return json.dumps(asdict(Holder(os.getpid(), _started(os.getpid()), ancestors))).encode()
+    launcher = ancestors[0] if "TORCHELASTIC_RUN_ID" in os.environ and ancestors else None
+    return json.dumps(asdict(Holder(os.getpid(), _started(os.getpid()), ancestors, launcher))).encode()
 
 
 def _is_dvc(process: Any) -> bool:
@@ -99,11 +102,12 @@ def stop_orphan(holder: Holder) -> bool:
         return False
     print(f"process {holder.pid} of an earlier run outlived it: told to stop", flush=True)
     try:
-        process = psutil.Process(holder.pid)
+        launched = holder.launcher and _started(holder.launcher[0]) == holder.launcher[1]
+        process = psutil.Process(holder.launcher[0] if holder.launcher and launched else holder.pid)
         family = [*process.children(recursive=True), process]
         process.terminate()
         deadline = time.monotonic() + GRACE_S
-        while holder.is_alive() and time.monotonic() < deadline:
+        while (holder.is_alive() or process.is_running()) and time.monotonic() < deadline:
             time.sleep(0.1)
         for member in family:
             if member.is_running():

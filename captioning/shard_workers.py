@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -113,7 +113,8 @@ def build_chunks(chunks: Sequence[Chunk], download: DownloadParams, folder: Path
         while waiting or any(worker.chunk for worker in workers):
             for worker in workers:
                 if worker.chunk is None and waiting:
-                    worker.give(waiting.popleft())
+                    with suppress(BrokenPipeError):  # it died idle: its pipe says so below
+                        worker.give(waiting.popleft())
             ready = wait([worker.pipe for worker in workers if worker.chunk], timeout=0.5)
             for number, worker in enumerate(workers):
                 chunk = worker.chunk

@@ -49,7 +49,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except CapstanError as error:
         print(f"error: {error}", file=sys.stderr)
-        if _is_rank():
+        if _is_rank() and os.getppid() != 1:
             os.kill(os.getppid(), signal.SIGTERM)  # torchrun would only run into the same error again
         sys.exit(1)
     except (KeyboardInterrupt, Interrupted) as error:
@@ -73,13 +73,16 @@ def running(params: Params) -> Iterator[None]:
         yield
 
 
-def run_processes(num_processes: int, max_restarts: int) -> bool:
+def run_processes(num_processes: int, max_restarts: int, several_hosts: bool = False) -> bool:
     """Starts this stage's command again in several processes, if several are asked for and this is not one of them.
+
+    Args:
+        several_hosts: the stage can run on more than one; then torchrun's own variables (`PET_NNODES`) ask for them.
 
     Returns:
         Whether it did: then all is done. Exits where they failed.
     """
-    several = num_processes > 1 or "PET_NNODES" in os.environ
+    several = num_processes > 1 or (several_hosts and "PET_NNODES" in os.environ)
     if _is_rank() or not several:
         return False
     from captioning.distributed import launch

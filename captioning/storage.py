@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,12 +23,22 @@ SEAL = b"\ncapstan-xxh3-128 "
 
 
 def digest_file(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hex (about 9 GB/s, RECOVERY.md)."""
+    """xxh3-128 of a file's bytes, in hex (about 9 GB/s). Raises DamagedError: the disk cannot read it."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with path.open("rb") as file, _bad_sectors_are_damage(path):
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextmanager
+def _bad_sectors_are_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise DamagedError(f"{path} is damaged: the disk cannot read it") from error
 
 
 def digest_tree(path: Path) -> str:
@@ -52,7 +63,9 @@ def _fsync(path: Path) -> None:
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there becomes `target` whole, or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")  # one writer a target, so a killed one's leftover is replaced
+    # One writer a target, so a killed one's leftover is replaced; but a rank may outlive its main process by a moment.
+    rank = os.environ.get("RANK", "0")
+    temporary = target.with_name(f".{target.name}{'' if rank == '0' else f'.{os.getpid()}'}.tmp")
     try:
         yield temporary
         _fsync(temporary)
@@ -124,9 +137,13 @@ def commit(target: Path, about: dict[str, Any]) -> Iterator[Commit]:
             file.flush()
             os.fsync(file.fileno())
         _fsync(temporary)
-        remove(target)
+        old = target.with_name(f".{target.name}.old.tmp")
+        remove(old)
+        if target.exists():
+            os.replace(target, old)
         os.replace(temporary, target)
         _fsync(target.parent)
+        remove(old)
     except BaseException:
         remove(temporary)
         raise
@@ -193,7 +210,7 @@ def check_seal(path: Path) -> None:
     Raises:
         DamagedError: other bytes than were sealed, or no seal.
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, _bad_sectors_are_damage(path):
         end = file.seek(0, os.SEEK_END) - len(SEAL) - 16
         file.seek(max(end, 0))
         footer = file.read()
@@ -223,6 +240,8 @@ def read_part(path: Path, about: Any) -> list[Any] | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError:  # a bad sector
+        content = b""
     body, digest = content[:-33], content[-33:]
     if digest != f"{xxhash.xxh3_128_hexdigest(body)}\n".encode():
         set_aside(path)
@@ -242,8 +261,9 @@ def set_aside(path: Path) -> Path:
     """Renames a damaged file or folder to `<name>.corrupt` beside it, and says so; it is never used again."""
     aside = path.with_name(f"{path.name}.corrupt")
     remove(aside)
-    if path.is_file():  # a hard link to DVC's cache, maybe: DVC takes a read-only file there for whole without looking
-        path.chmod(0o644)
+    # Hard links to DVC's cache, maybe: DVC takes a read-only file there for whole without looking.
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.chmod(0o644)
     os.replace(path, aside)
     print(f"{path} was damaged: set aside as {aside.name}, made anew", flush=True)
     return aside

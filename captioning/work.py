@@ -54,7 +54,7 @@ def fingerprint(stage: str, params: Any, inputs: Sequence[Path] = (), packages: 
         packages: distributions whose versions matter.
     """
     versions = {name: version(name) for name in packages}
-    digests = {str(path): storage.digest_tree(path) for path in [*inputs, *code_files(stage)]}
+    digests = [(path.name, storage.digest_tree(path)) for path in [*inputs, *code_files(stage)]]  # wherever they lie
     text = json.dumps([stage, params, digests, versions], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())[:16]
 
@@ -75,7 +75,9 @@ class Work:
 
     def published(self) -> None:
         """Notes that the outs are in place, so that the folder can go once DVC has recorded them."""
-        storage.write_json(self.folder / PUBLISHED, {"stage": _stage_name(self.stage), "lock": os.path.abspath(LOCK)})
+        name, lock = _stage_name(self.stage), Path(os.path.abspath(LOCK))
+        note = {"stage": name, "lock": str(lock), "entry": _recorded_entries(lock).get(name)}
+        storage.write_json(self.folder / PUBLISHED, note)
 
 
 LOCK = "dvc.lock"
@@ -124,7 +126,7 @@ def _acquire(path: Path) -> int:
         except BlockingIOError:
             os.close(descriptor)
             holder = Holder.read(path)
-            if holder and not stop_orphan(holder) and holder != told:
+            if holder and not stop_orphan(holder) and holder != told and holder.is_alive():
                 told = holder
                 print(f"waiting for process {holder.pid}, which does the same work", flush=True)
             time.sleep(POLL_S)
@@ -146,19 +148,23 @@ def _is_still(path: Path, descriptor: int) -> bool:
 def prune(keep_days: float, min_free_bytes: int, force: bool = False) -> list[Path]:
     """Removes work that nobody needs; work in use is left alone.
 
-    That is: published, and recorded in dvc.lock since; or of a stage that dvc.lock records, and older than `keep_days`
-    or, the oldest first, while the disk has less than `min_free_bytes` left. `force`: all of it.
+    That is: published, and recorded anew in dvc.lock since; or of a stage that dvc.lock records, and older than
+    `keep_days` or, while the disk has less than `min_free_bytes` left, all but the stage's latest, the oldest first.
+    `force`: all of it.
 
     Returns:
         The removed folders.
     """
     root = paths.work_root()
     folders = sorted((about.parent for about in root.glob(f"*/*/{ABOUT}")), key=_last_use)
-    recorded = _recorded_stages(Path(LOCK))
+    recorded = _recorded_entries(Path(LOCK))
+    latest = {_stage_of(folder): folder for folder in folders}  # sorted: the last one stays
     removed = []
     for folder in folders:
-        is_old = _age_s(folder) > keep_days * DAY_S or _free_bytes(root) < min_free_bytes
-        if force or _is_recorded(folder) or (is_old and _stage_of(folder) in recorded):
+        stage = _stage_of(folder)
+        is_old = _age_s(folder) > keep_days * DAY_S
+        in_the_way = folder != latest[stage] and _free_bytes(root) < min_free_bytes
+        if force or _is_recorded(folder) or (stage in recorded and (is_old or in_the_way)):
             removed += [folder] if _remove(folder) else []
     return removed
 
@@ -191,26 +197,26 @@ def read_note(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _recorded_stages(lock: Path) -> set[str]:
-    """Names of the stages in dvc.lock: the keys that stand two spaces in."""
+def _recorded_entries(lock: Path) -> dict[str, str]:
+    """A digest of each stage's entry in dvc.lock: what stands below a key two spaces in."""
     try:
         lines = lock.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
-        return set()
-    return {line.strip(" :") for line in lines if line.startswith("  ") and line[2:3] not in (" ", "-", "")}
+        return {}
+    entries: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in lines:
+        if line.startswith("  ") and line[2:3] not in (" ", "-", ""):
+            current = entries.setdefault(line.strip(" :"), [])
+        current.append(line)
+    return {name: xxhash.xxh3_128_hexdigest("\n".join(entry).encode()) for name, entry in entries.items()}
 
 
 def _is_recorded(folder: Path) -> bool:
-    """Whether DVC has written its lock, with this stage, since the outs were published."""
+    """Whether DVC has written another entry for this stage since the outs were published."""
     note = read_note(folder / PUBLISHED)
-    if not note:
-        return False
-    lock = Path(str(note.get("lock")))
-    try:
-        newer = lock.stat().st_mtime_ns > (folder / PUBLISHED).stat().st_mtime_ns
-    except FileNotFoundError:
-        return False
-    return newer and note.get("stage") in _recorded_stages(lock)
+    entry = _recorded_entries(Path(str(note.get("lock")))).get(str(note.get("stage")))
+    return entry is not None and entry != note.get("entry")
 
 
 def _remove(folder: Path) -> bool:

@@ -97,6 +97,7 @@ def blip(
         Interrupted: on SIGTERM or SIGINT; what is finished is kept.
     """
     from captioning.blip import TRAIN, caption_images, find_weights, load_pretrained, weight_files
+    from captioning.precision import describe_arithmetic
 
     images_file = prepared / paths.IMAGES.name
     test = [image for image in load_images(images_file) if image.split == "test"]
@@ -108,7 +109,8 @@ def blip(
         name = _training_fingerprint(shards, prepared, **training)
     else:
         folder = find_weights(weights)
-        name = fingerprint("blip", {"weights": weights}, weight_files(folder), PACKAGES)
+        inputs = [shards / paths.LEDGER.name, *weight_files(folder)]
+        name = fingerprint("blip", [weights, describe_arithmetic(precision)], inputs, PACKAGES)
     with open_work("blip", name, about={"weights": weights, "seed": seed}) as work:
         if weights == TRAIN:
             build = partial(
@@ -157,13 +159,9 @@ def _training_fingerprint(
     **_: object,
 ) -> str:
     """Of what the weights depend on. How captions are then made stands in each of their parts."""
-    import torch
+    from captioning.precision import describe_arithmetic
 
-    from captioning.precision import choose_device, choose_precision
-
-    device = choose_device()
-    numbers = [str(device), str(choose_precision(precision, device)), torch.get_num_threads()]
-    settings = [small.model_dump(), longest, batch_size, seed, numbers]
+    settings = [small.model_dump(), longest, batch_size, seed, describe_arithmetic(precision)]
     names = (paths.split_annotations("train").name, paths.VOCABULARY.name)
     return fingerprint("blip", settings, [shards / paths.LEDGER.name, *(prepared / n for n in names)], PACKAGES)
 

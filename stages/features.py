@@ -41,7 +41,7 @@ def features(
     encoder = build_encoder(encoder_name, weights)
     settings = {"encoder": encoder.describe(), "precision": precision, "batch_size": batch_size}
     settings["arithmetic"] = [num_processes, *describe_arithmetic(precision)]
-    name = work.fingerprint("features", settings, [shards / paths.LEDGER.name], ["torch", "pillow"])
+    name = work.fingerprint("features", settings, [shards / paths.LEDGER.name], ["torch", "pillow", "numpy", "h5py"])
     with join_world() as world, work.open_work("features", name, settings, world) as found:
         missing = extraction.missing_shards(encoder, shard_paths, found.folder) if world.is_main else []
         if world.is_main:

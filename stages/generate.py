@@ -34,9 +34,11 @@ def generate(
     from captioning.models import load_captioner
     from captioning.precision import describe_arithmetic
 
-    captioner = load_captioner(model)
+    with tracked.read_verified(model):
+        captioner = load_captioner(model)
     test = sorted((image for image in load_images(images) if image.split == "test"), key=lambda image: image.image_id)
-    store = FeatureStore(features, test, verify=True)
+    with tracked.read_verified(features):
+        store = FeatureStore(features, test, verify=True)
     described = [
         settings.model_dump(),
         storage.read_manifest(model)["digest"],
@@ -49,10 +51,7 @@ def generate(
         _fill_parts(captioner, store, ids, settings, found.folder / "parts", f"generate {model.name}", world)
         world.wait()
         if world.is_main:
-            rows = [
-                row for part in _parts(ids, settings.batch_size, found.folder / "parts") for row in _read(*part) or []
-            ]
-            _publish(rows, captioner, captions_out, attention_out)
+            _publish(_gather(ids, settings.batch_size, found.folder / "parts"), captioner, captions_out, attention_out)
             found.published()
 
 
@@ -64,6 +63,18 @@ def _parts(image_ids: list[str], batch_size: int, folder: Path) -> list[tuple[Pa
 
 def _read(path: Path, image_ids: list[str]) -> list[Row] | None:
     return storage.read_part(path, image_ids)
+
+
+def _gather(image_ids: list[str], batch_size: int, folder: Path) -> list[Row]:
+    from captioning.errors import DamagedError
+
+    rows: list[Row] = []
+    for path, ids in _parts(image_ids, batch_size, folder):
+        part = _read(path, ids)
+        if part is None:
+            raise DamagedError(f"{path} cannot be read back. Run `dvc repro` again: the other parts are kept.")
+        rows += part
+    return rows
 
 
 def _fill_parts(

