@@ -12,8 +12,9 @@ from faults import cases, flips
 from faults.damage import KINDS, damage_work, damaged, units
 from faults.fixed import fixed_cases
 from faults.formats import FORMATS
+from faults.redone import allowed_units, newest_step
 from faults.runner import CaseRun, Reference
-from faults.survey import Event, Survey, load_surveys, make_template
+from faults.survey import TARGETS, Event, Survey, load_surveys, make_template
 
 STAGES = ["download", "prepare", "features", "train"]
 
@@ -26,12 +27,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CHOSEN = [
-    ("download", "SIGKILL to group"),
     ("features", "SIGKILL to dvc"),
-    ("features", "before stage's replace"),
-    ("train", "SIGKILL to group"),
-    ("train", "SIGTERM to stage"),
-    ("train", "newest flip"),
+    ("train", "newest flip"),  # after a SIGKILL to the whole group
     ("train", "before dvc's open"),
 ]
 
@@ -82,6 +79,53 @@ def test_the_newest_pieces_are_damaged_and_twins_swapped(tmp_path: Path) -> None
     before = {path: path.read_bytes() for path in changed}
     first, second = damage_work(tmp_path, "swapped", "", random.Random(0))
     assert first.read_bytes() == before[second] and second.read_bytes() == before[first]
+
+
+def test_a_shard_and_its_part_are_one_piece(tmp_path: Path) -> None:
+    for path in ("fp/shards/00000.tar", "fp/parts/00000.parquet", "fp/shards/00001.tar", "fp/raw/00001/00000.parquet"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(path)
+    assert [[path.name for path in piece] for piece in units(tmp_path)] == [["00000.parquet", "00000.tar"]]
+
+
+def trace(*events: str) -> list[dict]:
+    """Of a training run in the process 7: `step`, `save` begins, `committed`, `answered`."""
+    calls = {
+        "step": ("stage", "step", ""),
+        "save": ("stage", "mkdir", ".work/train/fp/checkpoints"),
+        "committed": ("writer", "fsync", ".work/train/fp/checkpoints"),
+        "answered": ("writer", "answered", ""),
+    }
+    found = []
+    for event in events:
+        role, call, path = calls[event]
+        found.append({"stage": TARGETS["train"], "pid": 7, "role": role, "call": call, "path": path})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("events", "allowed"),
+    [
+        (("step",) * 9, 2),  # more than the interval of 2 is not allowed while the writer is free
+        ((*("step",) * 2, "save", *("step",) * 5), 2 + 5),
+        ((*("step",) * 2, "save", *("step",) * 3, "committed", "step", "answered", *("step",) * 9), 4 + 2),
+        ((*("step",) * 2, "save", "committed", "answered", "step", "step", "save", "step"), 2 + 1),
+    ],
+)
+def test_a_kill_may_cost_the_interval_and_what_the_writer_had_not_finished(
+    events: tuple[str, ...], allowed: int
+) -> None:
+    recovery = [{**trace("step")[0], "pid": 8}]
+    assert allowed_units("train", trace(*events) + recovery, 1, 0) == allowed
+    assert allowed_units("train", recovery, 1, 0) == 0
+
+
+def test_a_damaged_checkpoint_does_not_count(tmp_path: Path) -> None:
+    for step in (50, 100):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    assert newest_step(tmp_path) == 100
+    assert newest_step(tmp_path, [tmp_path / "checkpoints/step-00000100/state.json"]) == 50
+    assert newest_step(tmp_path / "none") == 0
 
 
 def surveys() -> dict[str, Survey]:

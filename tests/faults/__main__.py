@@ -22,13 +22,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 
-from clone import ROOT
+from clone import ROOT, TINY
 
 from faults import web
 from faults.cases import Case, draw_case
 from faults.fixed import fixed_cases
 from faults.runner import CaseRun, Missed, Reference, Result
 from faults.survey import (
+    CHECKPOINT_STEPS,
+    SETTINGS,
     VARIANTS,
     WEB,
     Survey,
@@ -131,7 +133,8 @@ def title(case: Case) -> str:
 
 def _make_templates(folder: Path, same_port: bool) -> None:
     """Makes what is not there yet; `<template>.done` holds the digest of what it was made by."""
-    made_by = _digest(["tests/clone.py", "tests/faults/survey.py", "tests/faults/web.py", "tests/faults/inject"])
+    settings = json.dumps([TINY, SETTINGS, CHECKPOINT_STEPS, VARIANTS]).encode()
+    made_by = f"{hashlib.sha256(settings).hexdigest()[:12]} {_digest(['tests/faults/web.py', 'tests/faults/inject'])}"
     for name in VARIANTS:
         done = folder / f"{template_of(folder, name).name}.done"
         if done.exists() and done.read_text() == made_by and (name != WEB or same_port):

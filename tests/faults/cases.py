@@ -119,7 +119,7 @@ def _random_fault(kind: str, survey: Survey, draw: random.Random) -> tuple[str, 
         return kill_at(pick([e for e in survey.events if e.role == "dvc"], draw), when)
     events = own_events(survey)
     if kind == "error":
-        event = pick([e for e in events if e.call not in ("step", "unlink", "rmdir")], draw)
+        event = pick([e for e in events if e.call not in ("step", "print", "unlink", "rmdir")], draw)
         error, for_ever = draw.choice(["ENOSPC", "EIO", "EROFS"]), draw.random() < 0.5
         calls = ["open", "fsync", "replace", "rename", "mkdir", "link"]
         fault = _at(event, "before", action="fail", error=error, for_ever=for_ever, calls=calls)

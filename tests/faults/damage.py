@@ -39,21 +39,15 @@ def damage_file(path: Path, kind: str, draw: random.Random) -> None:
 
 
 def units(work: Path) -> list[list[Path]]:
-    """Committed pieces of a stage's work, the newest first: a checkpoint's files together, other files alone."""
+    """Committed pieces of a stage's work, the newest first: a checkpoint's files, a shard and its part, other files."""
     checkpoints = [p for p in work.rglob("step-*") if p.is_dir() and p.name.removeprefix("step-").isdigit()]
     if checkpoints:
         checkpoints.sort(key=lambda p: p.name, reverse=True)
         return [sorted(p for p in folder.iterdir() if p.is_file()) for folder in checkpoints]
-    skipped = (".lock", ".tmp", ".corrupt", ".log")
-    files = [p for p in work.rglob("*") if p.is_file() and p.suffix not in skipped and not p.name.startswith(".")]
-    files = [p for p in files if p.parent.name in ("shards", "parts") or p.suffix in (".h5", ".npy", ".jsonl")]
-    files = [p for p in files if p.suffix != ".tar" or _is_committed(p)]
-    return [[p] for p in sorted(files, key=lambda p: p.stat().st_mtime_ns, reverse=True)]
-
-
-def _is_committed(tar: Path) -> bool:
-    """A shard counts once its part of the ledger is there; before that it is not read, so damage is not noticed."""
-    return (tar.parent.parent / "parts" / f"{tar.stem}.parquet").exists()
+    parts = [p for pattern in ("parts/*.parquet", "parts/*.jsonl", "*.h5") for p in work.glob(f"*/{pattern}")]
+    parts = [p for p in parts if not p.name.startswith(".")]
+    parts.sort(key=lambda p: p.stat().st_mtime_ns, reverse=True)
+    return [[part, *work.glob(f"*/shards/{part.stem}.tar")] for part in parts]
 
 
 def damage_work(work: Path, which: str, kind: str, draw: random.Random) -> list[Path]:
@@ -75,7 +69,8 @@ def _swap(found: list[list[Path]], draw: random.Random) -> list[Path]:
     if len(found) < 2:
         return []
     first = draw.choice(found[0])
-    twins = [path for path in found[1] if path.name == first.name or len(found[1]) == 1]
+    in_checkpoint = first.parent.name.startswith("step-")
+    twins = [p for p in found[1] if (p.name == first.name if in_checkpoint else p.suffix == first.suffix)]
     if not twins or twins[0].read_bytes() == first.read_bytes():
         return []
     aside = first.with_name("aside")

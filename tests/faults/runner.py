@@ -78,6 +78,7 @@ class CaseRun:
         self.outcomes: list[Outcome] = []
         self.traces: list[dict[str, Any]] = []
         self.num_damaged = self.steps_damaged = 0
+        self.must_be_told = False
         self.result = Result(case.name)
 
     def run(self) -> Result:
@@ -117,6 +118,10 @@ class CaseRun:
             work = self.clone.path / ".work" / base(self.case.stage)
             newest = newest_step(work)
             changed = damage_work(work, *self.case.damage, draw) if work.exists() else []
+            which, how = self.case.damage
+            # A bit that no reader reads may differ: parquet's rows are verified, not its padding.
+            harmful = [path for path in changed if path.suffix != ".parquet"]
+            self.must_be_told = which != "swapped" and how != "deleted" and bool(harmful)
             self.num_damaged, self.steps_damaged = len(changed), newest - newest_step(work, changed)
             if not self.num_damaged:
                 raise Missed
@@ -161,7 +166,7 @@ class CaseRun:
         if self.result.redone > allowed and self.targets == repro_targets(self.case.stage):
             problems.append(f"{self.result.redone} units of work redone, at most {allowed} allowed")
         told = re.search("damaged|corrupt|set aside", self.outcomes[-2].output) if len(self.outcomes) > 1 else None
-        if self.case.damage and self.case.damage[0] != "swapped" and self.case.damage[1] != "deleted" and not told:
+        if self.must_be_told and not told:
             problems.append("the damage was not reported")
 
     def _redone(self, stage: str) -> int:

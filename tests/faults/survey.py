@@ -52,7 +52,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     WEB: ("download*web",),
 }
 """Stages of each template."""
-UNITS = {"download": r"/parts/.*\.parquet\b", "features": r"\.h5\b", "generate": r"\.jsonl\b", "score": r"\.jsonl\b"}
+UNITS = {
+    "download": r"/parts/.*\.parquet\.tmp$",
+    "features": r"\.h5\.tmp$",
+    "generate": r"\.jsonl\.tmp$",
+    "score": r"\.jsonl\.tmp$",
+}
 """Pieces of work that are finished by renaming a file in `.work`, by stage; in train and blip they are steps."""
 
 
@@ -125,7 +130,7 @@ def is_unit(stage: str, path: str) -> bool:
 def _events(trace: list[dict[str, Any]]) -> list[Event]:
     following: dict[int, float] = {}
     found = []
-    for event in reversed(trace):
+    for event in [event for event in reversed(trace) if event["call"] != "answered"]:
         gap = following.get(event["pid"], event["time"]) - event["time"]
         following[event["pid"]] = event["time"]
         size = event.get("num_bytes", 0)

@@ -195,6 +195,17 @@ def _wrap_open(injector: Injector) -> None:
     builtins.open = io.open = wrapped  # type: ignore[assignment]
 
 
+def _wrap_print(injector: Injector) -> None:
+    """The checkpoint writer's answer, as `print`, and when the trainer can have it, as `answered`."""
+    original = builtins.print
+
+    def wrapped(*args, **options) -> None:
+        injector.around("print", "", lambda: original(*args, **options))
+        injector.record("answered", "", injector.counts["print"])
+
+    builtins.print = wrapped
+
+
 class OptimizerHook:
     """Counts optimizer steps, as operation `step`: waits for torch's optimizer module and hooks into it."""
 
@@ -233,6 +244,8 @@ def install(folder: str) -> None:
         _wrap_call(injector, name, "src_dir_fd")
     _wrap_os_open(injector)
     _wrap_open(injector)
+    if injector.role == "writer":
+        _wrap_print(injector)
     sys.meta_path.insert(0, OptimizerHook(injector))
 
 
