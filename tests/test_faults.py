@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from faults import cases, flips
+from faults.__main__ import alone_in
 from faults.damage import KINDS, damage_work, damaged, units
 from faults.fixed import fixed_cases
 from faults.formats import FORMATS
@@ -139,6 +140,14 @@ def surveys() -> dict[str, Survey]:
         ]
 
     return {stage: Survey(stage, events(stage), 3) for stage in cases.SHARES if stage != cases.WHOLE}
+
+
+def test_two_matrices_do_not_share_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "state"):
+        with pytest.raises(SystemExit, match="another `make faults` is running"), alone_in(tmp_path / "state"):
+            pass
+    with alone_in(tmp_path / "state"):
+        pass
 
 
 def test_a_seed_and_a_number_give_one_case_and_all_plans_come() -> None:

@@ -10,6 +10,7 @@ over. A wrong case keeps its clone; `--only 37` runs that case again.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import shutil
@@ -17,8 +18,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -176,6 +178,18 @@ def run_all(matrix: Matrix, numbers: Sequence[int], num_jobs: int, again: bool) 
     return done
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two matrices of one code would run in each other's clones. Raises SystemExit: another one is running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"another `make faults` is running in {folder}: wait for it, or stop it") from None
+        yield
+
+
 def forget_older(folder: Path) -> None:
     """Removes the state of code that is long gone."""
     others = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
@@ -193,9 +207,8 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     folder = state_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    forget_older(folder)
-    with web.serve(folder) as same_port:
+    with alone_in(folder), web.serve(folder) as same_port:
+        forget_older(folder)
         matrix = Matrix(folder, args.seed, same_port)
         if args.list:
             print("\n".join(f"{n:4d} {title(matrix.case(n))}" for n in range(1, args.count + 1)))
