@@ -155,8 +155,12 @@ def measure_loading(num_images: int = 2000, batch_size: int = 64) -> Row:
 def main() -> None:
     from benchmarks.checkpointing import measure_checkpoints
 
+    def measure_default_checkpoints() -> Row:
+        return measure_checkpoints(32, default_run=True)
+
+    checkpoints = (measure_checkpoints, measure_default_checkpoints)
     rows = []
-    for measure in (measure_training, measure_search, measure_checkpoints, measure_loading):
+    for measure in (measure_training, measure_search, *checkpoints, measure_loading):
         row = measure()
         rows.append(row)
         print(row["work"])

@@ -54,8 +54,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 """Stages of each template."""
 UNITS = {
     "download": r"/parts/.*\.parquet\.tmp$",
-    "features": r"\.h5\.tmp$",
-    "generate": r"\.jsonl\.tmp$",
+    "features": r"\.h5(\.\d+)?\.tmp$",  # ranks but the first add their process's number
+    "generate": r"\.jsonl(\.\d+)?\.tmp$",
     "score": r"\.jsonl\.tmp$",
 }
 """Pieces of work that are finished by renaming a file in `.work`, by stage; in train and blip they are steps."""
@@ -208,8 +208,9 @@ def load_surveys(folder: Path) -> dict[str, Survey]:
     found = {}
     for path in sorted(folder.glob("template*.json")):
         for tree in json.loads(path.read_text()):
-            tree["events"] = [Event(**event) for event in tree["events"]]
-            found[tree["stage"]] = Survey(**tree)
+            events = [Event(**event) for event in tree["events"]]
+            num_units = count_units(tree["stage"], [asdict(event) for event in events])  # as it is counted now
+            found[tree["stage"]] = Survey(tree["stage"], events, num_units)
     return found
 
 
