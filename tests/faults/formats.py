@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -159,7 +161,13 @@ def _tracked_json(path: Path, value: Callable[[], Any]) -> Callable[[], Path]:
 
 
 def _tracked(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda path: read(tracked.require(path, "maker"))
+    """As a stage that DVC started reads it; by hand, a file may differ from what DVC recorded."""
+
+    def read_as_stage(path: Path) -> Any:
+        with patch.dict(os.environ, {"DVC_STAGE": "reader"}):
+            return read(tracked.require(path, "maker"))
+
+    return read_as_stage
 
 
 def _image_records() -> list[dict[str, Any]]:
