@@ -10,15 +10,15 @@ from __future__ import annotations
 import datetime
 import json
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.__main__ import build, synthetic_batch
-from benchmarks.checkpointing import measure_checkpoints
+from benchmarks.checkpointing import measure_checkpoints, temporary_keeper
 from benchmarks.measure import machine
+from captioning.checkpoints import read_checkpoint
 from captioning.distributed import ALONE
 from captioning.optimization import Stepper, build_adamw, seed_step
 from captioning.precision import DTYPES, autocast, choose_device
@@ -80,19 +80,9 @@ def check_determinism(dtype: torch.dtype) -> dict[str, bool]:
 
 def through_files(state: dict[str, Any]) -> dict[str, Any]:
     """Saves and loads a checkpoint, as training does."""
-    import os
-
-    from captioning.checkpoints import Checkpointer, read_checkpoint
-    from captioning.params import RecoveryParams
-
-    settings = RecoveryParams(
-        checkpoint_steps=1, checkpoint_minutes=1e9, keep_checkpoints=2, max_restarts=0, keep_work_days=1, min_free_gb=0
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        keeper = Checkpointer(Path(folder), "gpu", settings, os.open(os.devnull, os.O_RDWR))
+    with temporary_keeper() as keeper:
         assert keeper.save(1, 0, state, [], wait=True)
-        keeper.close()
-        found: dict[str, Any] = read_checkpoint(Path(folder) / "step-00000001", "gpu").state
+        found: dict[str, Any] = read_checkpoint(keeper.folder / "step-00000001", "benchmark").state
     return found
 
 
