@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from captioning.errors import CapstanError, unknown_name
 
@@ -41,30 +42,56 @@ class Attention(nn.Module):
         return attention_weights @ regions, attention_weights
 
 
-class _AdditiveScores(torch.autograd.Function):
-    """v · tanh(q + k) for every query and key, with a backward pass that reads the tanh three times and writes none.
+EXPONENT = 40.0
+"""Where exponents are cut: at |x| = 20 tanh has long been ±1, and products of two exponentials stay finite.
+Only where q and k are both beyond, with opposite signs, does tanh(q + k) become another."""
 
-    Autograd's own would lay out the gradient of the sums, (images, captions, num_regions, attention_dim), three times.
+
+def exponential(projected: Tensor) -> Tensor:
+    """exp(2x), of which tanh(q + k) = 1 - 2 / (1 + exp(2q) exp(2k)) is made: one exponential for each query and one for
+    each key instead of a tanh for each pair. Float32 at least: near 1/2, where `distances` begin, half formats are much
+    coarser than near tanh's 0, and float16 has not the range."""
+    if projected.dtype in (torch.float16, torch.bfloat16):
+        projected = projected.float()
+    return (2 * projected).clamp(-EXPONENT, EXPONENT).exp()
+
+
+def distances(queries: Tensor, keys: Tensor, out: Tensor | None = None) -> Tensor:
+    """(1 - tanh(q + k)) / 2 of exp(2q) (images, captions, dim) and exp(2k) (images, num_regions, dim), for all pairs:
+    (images, captions, num_regions, dim). That is 1 / (1 + exp(2q) exp(2k))."""
+    return torch.addcmul(keys.new_ones(()), queries[:, :, None], keys[:, None], out=out).reciprocal_()
+
+
+def slopes(distance: Tensor) -> Tensor:
+    """d (1 - r) / dx = 2 r (1 - r) of r = `distances`, without the 2; in place of them."""
+    return torch.addcmul(distance, distance, distance, value=-1, out=distance)
+
+
+class _AdditiveScores(torch.autograd.Function):
+    """-2 v · r with r = `distances`: v · tanh(q + k) but for the constant sum of v, which softmax does not see.
+
+    Its backward pass reads r three times and writes nothing as large. Autograd's own would lay out the gradient of the
+    sums, (images, captions, num_regions, attention_dim), three times.
     """
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, vector: Tensor) -> Tensor:
         """(images, captions, dim), (images, num_regions, dim), (dim,) → (images, captions, num_regions)."""
-        tanh = (queries[:, :, None] + keys[:, None]).tanh_()  # (images, captions, num_regions, dim)
-        ctx.save_for_backward(tanh, vector)
-        return tanh @ vector
+        distance = distances(queries, keys)
+        ctx.save_for_backward(queries, keys, distance, vector)
+        return (distance @ vector).mul_(-2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tanh, vector = ctx.saved_tensors
-        dim = tanh.shape[-1]
-        for_vector = gradient.reshape(1, -1) @ tanh.reshape(-1, dim)
-        slope = torch.addcmul(tanh.new_ones(()), tanh, tanh, value=-1)  # 1 - tanh²
-        for_queries = (gradient[:, :, None] @ slope).squeeze(2) * vector
-        for_keys = slope[:, 0] * gradient[:, 0, :, None]
+        queries, keys, distance, vector = ctx.saved_tensors
+        for_vector = gradient.reshape(-1) @ distance.flatten(0, 2) * -2
+        slope = slopes(distance.clone())
+        for_queries, for_keys = (gradient[:, :, None] @ slope).squeeze(2), slope[:, 0] * gradient[:, 0, :, None]
         for caption in range(1, slope.shape[1]):
             for_keys.addcmul_(slope[:, caption], gradient[:, caption, :, None])
-        return for_queries, for_keys * vector, for_vector.squeeze(0)
+        # d r / dx = -2 r (1 - r) and d exp(2x) / dx = 2 exp(2x): of the exponentials it is this.
+        return for_queries * vector * 2 / queries, for_keys * vector * 2 / keys, for_vector
 
 
 class AdditiveAttention(Attention):
@@ -77,11 +104,10 @@ class AdditiveAttention(Attention):
         self.score = nn.Linear(attention_dim, 1, bias=False)
 
     def keys(self, regions: Tensor) -> Tensor:
-        return self.key(regions)
+        return exponential(self.key(regions))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        projected = self.query(queries)
-        return _AdditiveScores.apply(projected, keys, self.score.weight[0].to(projected.dtype))
+        return _AdditiveScores.apply(exponential(self.query(queries)), keys, self.score.weight[0].to(keys.dtype))
 
 
 class GeneralAttention(Attention):
@@ -123,8 +149,3 @@ def build_attention(name: str, hidden_dim: int, region_dim: int, attention_dim: 
     if name not in ATTENTIONS:
         raise unknown_name("attention", name, ATTENTIONS)
     return ATTENTIONS[name](hidden_dim, region_dim, attention_dim)
-
-
-def stack_steps(steps: list[Tensor]) -> Tensor:
-    """Lays the steps' (images_t, captions_t, dim) end to end: (sum of images_t × captions_t, dim)."""
-    return torch.cat([step.flatten(0, 1) for step in steps])

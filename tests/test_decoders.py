@@ -85,25 +85,79 @@ def test_attention_weights_are_a_distribution(kind, attention, features) -> None
     torch.testing.assert_close(weights.sum(-1), torch.ones(5, 1, dtype=torch.float64))
 
 
-def test_concat_is_the_formula() -> None:
+def plain_additive(attention, queries, regions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bahdanau et al. 2015, appendix A.1.2, as it is printed."""
+    sums = attention.query(queries)[:, :, None] + attention.key(regions)[:, None]
+    weights = attention.score(sums.tanh()).squeeze(-1).softmax(-1)
+    return weights @ regions, weights
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_additive_attention_is_the_plain_formula(scale) -> None:
     attention = build_attention("luong_concat", 3, 4, 5).double()
-    queries, regions = torch.randn(2, 2, 3).double(), torch.randn(2, 6, 4).double()
-    scores = attention.scores(queries, attention.keys(regions))
-    summed = attention.query(queries[1, 0]) + attention.key(regions[1, 5])
-    torch.testing.assert_close(scores[1, 0, 5], attention.score(summed.tanh())[0])
-
-
-def test_additive_gradients_are_those_of_the_plain_formula() -> None:
-    attention = build_attention("bahdanau", 3, 4, 5).double()
-    queries = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
-    keys = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(2, 3, 6, dtype=torch.float64)
-    inputs = (queries, keys, *attention.query.parameters(), attention.score.weight)
-    plain = attention.score((attention.query(queries)[:, :, None] + keys[:, None]).tanh()).squeeze(-1)
-    torch.testing.assert_close(attention.scores(queries, keys), plain)
-    expected = torch.autograd.grad((plain * weight).sum(), inputs)
-    found = torch.autograd.grad((attention.scores(queries, keys) * weight).sum(), inputs)
+    queries = (torch.randn(2, 3, 3, dtype=torch.float64) * scale).requires_grad_()
+    regions = (torch.randn(2, 6, 4, dtype=torch.float64) * scale).requires_grad_()
+    inputs = (queries, regions, *attention.parameters())
+    expected = plain_additive(attention, queries, regions)
+    found = attention(queries, attention.keys(regions), regions)
     torch.testing.assert_close(found, expected)
+    seed = torch.randn_like(expected[0])
+    gradients = [torch.autograd.grad((context * seed).sum(), inputs) for context, _ in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_additive_attention_survives_extreme_values() -> None:
+    attention = build_attention("bahdanau", 3, 4, 5)
+    queries, regions = torch.tensor([[[3e4, -3e4, 0.0]]]), torch.tensor([[[1e5, 0, 0, 0], [-1e5, 1, 2, 3]]])
+    context, weights = attention(queries, attention.keys(regions.requires_grad_()), regions)
+    context.sum().backward()
+    assert regions.grad.isfinite().all()
+    torch.testing.assert_close(weights.sum(-1), torch.ones(1, 1))
+
+
+def plain_logits(decoder, batch) -> torch.Tensor:
+    """All captions of all images at all steps, by autograd's own rules: what `unroll` must equal."""
+    memory, state = decoder.remember(batch.features)
+    state = tuple(part.expand(-1, batch.inputs.shape[1], -1) for part in state)
+    logits = []
+    for words in batch.inputs.unbind(-1):
+        context, _ = plain_additive(decoder.attention, state[0], memory.regions)
+        gated = context * decoder.context_gate(state[0]).sigmoid()
+        inputs = decoder.word_gates(decoder.embed(words)) + decoder.context_gates(gated)
+        state, _ = decoder.cell.advance(inputs, decoder.hidden_gates(state[0]), state)
+        logits.append(decoder.logits(state[0], gated))
+    return torch.stack(logits, -2).flatten(0, 2).index_select(0, batch.places)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("region_dim", [8, None])
+def test_gradients_are_those_of_the_plain_steps(kind, region_dim, features) -> None:
+    decoder = small_decoder(kind, "bahdanau", region_dim=region_dim)
+    batch = collate(features, random_captions(len(features), 9), Vocabulary)
+    batch.features.requires_grad_()
+    inputs = (batch.features, *decoder.parameters())
+    losses = [
+        functional.cross_entropy(logits, batch.packed_targets, label_smoothing=0.1)
+        for logits in (decoder(batch), plain_logits(decoder, batch))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs) for loss in losses), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_bf16_gradients_are_no_further_off_than_autograds(kind, features) -> None:
+    decoder = small_decoder(kind, "bahdanau").float()
+    batch = collate(features.float(), random_captions(len(features), 9), Vocabulary)
+
+    def gradients(logits, low: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = functional.cross_entropy(logits(batch).float(), batch.packed_targets)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(decoder.parameters()))])
+
+    exact = gradients(decoder, low=False)
+    ours = (gradients(decoder, low=True) - exact).norm() / exact.norm()
+    plain = (gradients(lambda batch: plain_logits(decoder, batch), low=True) - exact).norm() / exact.norm()
+    assert 0 < ours < 1.25 * plain < 0.05
 
 
 def test_wrong_settings_name_the_choices() -> None:

@@ -57,7 +57,8 @@ class Decoder(nn.Module):
         raise NotImplementedError
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
-        """(images, num_regions, encoder_dim) → the images' memory and the state before the first word, one beam."""
+        """(images, num_regions, encoder_dim) of any float type → the images' memory and the state before the
+        first word, one beam."""
         raise NotImplementedError
 
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:

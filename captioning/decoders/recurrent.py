@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from captioning.attention import build_attention, stack_steps
+from captioning.attention import AdditiveAttention, build_attention
 from captioning.datasets import Batch
 from captioning.decoders.base import Decoder, DecoderConfig, Memory, State, Step
+from captioning.decoders.unrolling import CELLS, unroll
 
 
 class RecurrentDecoder(Decoder):
@@ -38,6 +39,7 @@ class RecurrentDecoder(Decoder):
         nn.init.zeros_(self.output.bias)
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
+        features = features.to(self.embedding.weight.dtype)  # the cache's are float16
         regions = self.dropout(features if self.project is None else self.project(features).relu())
         initial = self.initial(regions.mean(1)).tanh()[:, None]  # (images, 1 beam, num_states × hidden_dim)
         return Memory(regions, self.attention.keys(regions)), tuple(initial.chunk(self.num_states, -1))
@@ -54,10 +56,12 @@ class RecurrentDecoder(Decoder):
 class AttendFirst(RecurrentDecoder):
     """h_t = cell([word; gated context of h_{t-1}], h_{t-1}); the gate is that of Xu et al. 2015, section 4.2.1."""
 
+    attention: AdditiveAttention
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
-        self.num_gates = 4 if config.type == "lstm" else 3
-        width = self.num_gates * config.hidden_dim
+        self.cell = CELLS[config.type]
+        width = self.cell.num_gates * config.hidden_dim
         self.word_gates = nn.Linear(config.embedding_dim, width)
         self.context_gates = nn.Linear(self.region_dim, width, bias=False)
         self.hidden_gates = nn.Linear(config.hidden_dim, width)
@@ -68,30 +72,26 @@ class AttendFirst(RecurrentDecoder):
         context, attention_weights = self.attention(state[0], memory.keys, memory.regions)
         gated = context * self.context_gate(state[0]).sigmoid()
         inputs, hidden = word_gates + self.context_gates(gated), self.hidden_gates(state[0])
-        if self.config.type == "lstm":
-            gates = inputs + hidden
-            write, keep, show = gates[..., : -self.config.hidden_dim].sigmoid().chunk(3, -1)
-            cell = keep * state[1] + write * gates[..., -self.config.hidden_dim :].tanh()
-            return (show * cell.tanh(), cell), gated, attention_weights
-        (reset, update, new), (reset_h, update_h, new_h) = inputs.chunk(3, -1), hidden.chunk(3, -1)
-        update = (update + update_h).sigmoid()
-        new = (new + (reset + reset_h).sigmoid() * new_h).tanh()
-        return (new + update * (state[0] - new),), gated, attention_weights
+        return self.cell.advance(inputs, hidden, state)[0], gated, attention_weights
 
     def forward(self, batch: Batch) -> Tensor:
         memory, state = self.remember(batch.features)
-        width = batch.inputs.shape[1]
-        state = tuple(part.expand(-1, width, -1) for part in state)
-        # Steps first: to slice a later dimension would cost a zero tensor of the whole size for each step backward.
-        word_gates = self.word_gates(self.embed(batch.inputs.permute(2, 0, 1))).unbind(0)
-        hiddens, contexts = [], []
-        for step, (rows, columns) in enumerate(batch.extents):
-            running = Memory(memory.regions[:rows], memory.keys[:rows])
-            state = tuple(part[:rows, :columns] for part in state)
-            state, context, _ = self._advance(running, state, word_gates[step][:rows, :columns])
-            hiddens.append(state[0])
-            contexts.append(context)
-        return self.logits(*(stack_steps(part).index_select(0, batch.kept) for part in (hiddens, contexts)))
+        words = [batch.inputs[:rows, :columns, t].flatten() for t, (rows, columns) in enumerate(batch.extents)]
+        word_gates = self.word_gates(self.embed(torch.cat(words)))
+        dtype = word_gates.dtype  # of autocast, where that is on
+        from_state = (self.attention.query, self.context_gate, self.hidden_gates)
+        packed = unroll(
+            self.cell,
+            batch.extents,
+            word_gates,
+            memory.keys,
+            memory.regions.to(dtype),
+            tuple(part.expand(-1, batch.inputs.shape[1], -1).to(dtype) for part in state),
+            (torch.cat([m.weight for m in from_state]).to(dtype), torch.cat([m.bias for m in from_state]).to(dtype)),
+            self.context_gates.weight.to(dtype),
+            self.attention.score.weight[0].to(memory.keys.dtype),
+        )
+        return self.logits(*(part.index_select(0, batch.kept) for part in packed))
 
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:
         state, context, attention_weights = self._advance(memory, state, self.word_gates(self.embed(token_ids)))
