@@ -1,4 +1,4 @@
-"""P5: what checkpoints cost: the same training steps in turn with and without a save, and the longest wait of a step.
+"""P5: what checkpoints cost: the steps beside a save against those before and after, and the longest wait of a step.
 
 python -m benchmarks.checkpointing
 """
@@ -27,7 +27,9 @@ from captioning.params import RecoveryParams
 from captioning.precision import autocast, choose_device, choose_precision
 
 INTERVAL = 50
-NUM_PAIRS = 4
+WINDOW = 6
+"""Steps watched before, from and after a save: the writer has ended in less, so that no other step can differ."""
+NUM_PAIRS = 20
 
 
 @contextmanager
@@ -90,38 +92,38 @@ def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> dict
         default_run: the decoder of the default run (hidden 384); else P1's (hidden 512).
     """
     training = Training(default_decoder() if default_run else build(), num_images)
-    times: dict[str, list[float]] = {"with": [], "without": []}
-    stalls, steps = [], []
+    plain, stalls, extra = list[float](), list[float](), list[float]()
     with temporary_keeper() as keeper:
         training.step()  # the optimizer has its state from here on
         training.save(keeper, 1, wait=True)  # starts the writer
         for pair in range(NUM_PAIRS):
-            plain = [training.step() for _ in range(INTERVAL)]
+            before = [training.step() for _ in range(WINDOW)]
             stalls.append(training.save(keeper, pair + 2))
-            beside = [training.step() for _ in range(INTERVAL)]
-            steps += plain
-            times["without"].append(sum(plain))
-            times["with"].append(sum(beside) + stalls[-1])
+            beside = [training.step() for _ in range(WINDOW)]
+            while keeper.in_flight is not None and not keeper.is_due(0):
+                beside.append(training.step())
+            after = [training.step() for _ in range(WINDOW)]
+            around = statistics.mean(before + after)  # what these steps take now, on a machine whose speed drifts
+            extra.append(stalls[-1] + sum(step - around for step in beside))
+            plain += before + after
         keeper.close()
         written = sum(path.stat().st_size for path in next(keeper.folder.glob("step-*")).iterdir())
-    return _row(num_images, training.dtype, written, times, max(stalls), statistics.median(steps))
-
-
-def _row(
-    num_images: int, dtype: torch.dtype, written: int, times: dict[str, list[float]], stall_s: float, step_s: float
-) -> dict[str, Any]:
-    extra = statistics.median(a - b for a, b in zip(times["with"], times["without"], strict=True))
+    step_s = statistics.median(plain)
+    size = f"{written / 1e6:.0f} MB"
     return {
-        "work": f"P5 {INTERVAL} steps of {num_images} images with one checkpoint of {written / 1e6:.0f} MB, {dtype}",
+        "work": f"P5 one checkpoint of {size} every {INTERVAL} steps of {num_images} images, {training.dtype}",
         "times": {
             kind: {"median_s": statistics.median(values), "min_s": min(values), "max_s": max(values)}
-            for kind, values in times.items()
+            for kind, values in {"a checkpoint, wait and slower steps": extra, "wait": stalls, "step": plain}.items()
         },
         "ratios": {
-            "share of time spent on checkpoints": extra / statistics.median(times["without"]),
-            "longest stall / median step": stall_s / step_s,
+            "share of time spent on checkpoints": statistics.median(extra) / (INTERVAL * step_s),
+            "longest stall / median step": max(stalls) / step_s,
         },
-        "check": {"longest stall in ms": stall_s * 1000, "step in ms": step_s * 1000},
+        "check": {
+            "share by the mean": statistics.mean(extra) / (INTERVAL * step_s),
+            "standard error of that": statistics.stdev(extra) / NUM_PAIRS**0.5 / (INTERVAL * step_s),
+        },
     }
 
 

@@ -67,7 +67,7 @@ def load_newest(folder: Path, fingerprint: str) -> Checkpoint | None:
         try:
             found = read_checkpoint(path, fingerprint)
         except DamagedError:
-            _set_aside(path)
+            storage.set_aside(path, say=False)
             damaged.append(str(int(path.name.partition("-")[2])))
             continue
         num_bytes = sum(file["num_bytes"] for file in storage.read_manifest(path)["files"].values())
@@ -77,12 +77,6 @@ def load_newest(folder: Path, fingerprint: str) -> Checkpoint | None:
     if damaged:
         print(f"no checkpoint is whole, so it starts over from step 0{_aside(damaged)}", flush=True)
     return None
-
-
-def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.corrupt")
-    storage.remove(aside)
-    os.replace(path, aside)
 
 
 def _aside(damaged: list[str]) -> str:

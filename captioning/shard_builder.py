@@ -6,7 +6,6 @@ whose part matches the table and whose tar matches the part, and makes the other
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,7 +149,7 @@ def finished_rows(chunk: Chunk) -> list[LedgerRow] | None:
     try:
         rows, metadata = read_ledger_part(chunk.part)
     except CapstanError:
-        _set_aside(chunk.part)
+        storage.set_aside(chunk.part, _aside(chunk))
         return None
     if metadata.get("table_digest") != table_digest(chunk.rows):
         chunk.part.unlink()
@@ -158,7 +157,7 @@ def finished_rows(chunk: Chunk) -> list[LedgerRow] | None:
     found = storage.digest_file(chunk.tar) if chunk.tar.exists() else ""
     if found != metadata.get(TAR_DIGEST):
         if chunk.tar.exists():
-            _set_aside(chunk.tar)
+            storage.set_aside(chunk.tar, _aside(chunk))
         chunk.part.unlink()
         return None
     return rows
@@ -170,12 +169,9 @@ def tar_digests(chunks: Sequence[Chunk]) -> dict[str, str]:
     return {shard: digest for shard, digest in found.items() if digest}
 
 
-def _set_aside(path: Path) -> None:
-    aside = path.parent.parent / "corrupt" / f"{path.name}.corrupt"
-    aside.parent.mkdir(exist_ok=True)
-    path.chmod(0o644)  # as `storage.set_aside` does, so that DVC looks at its own link to the same bytes
-    os.replace(path, aside)
-    print(f"{path.name} was damaged: set aside as {aside}, made anew", flush=True)
+def _aside(chunk: Chunk) -> Path:
+    """Outside the folder that becomes an output."""
+    return chunk.part.parent.parent / "corrupt"
 
 
 def forget_transient(chunks: Sequence[Chunk]) -> None:

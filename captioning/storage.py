@@ -257,15 +257,22 @@ def move(source: Path, target: Path) -> None:
     _fsync(target.parent)
 
 
-def set_aside(path: Path) -> Path:
-    """Renames a damaged file or folder to `<name>.corrupt` beside it, and says so; it is never used again."""
-    aside = path.with_name(f"{path.name}.corrupt")
+def set_aside(path: Path, folder: Path | None = None, say: bool = True) -> Path:
+    """Renames a damaged file or folder to `<name>.corrupt`, and says so; it is never used again.
+
+    Args:
+        folder: where to, on the same filesystem; None: beside it.
+        say: False where the caller says more.
+    """
+    aside = (folder or path.parent) / f"{path.name}.corrupt"
+    aside.parent.mkdir(exist_ok=True)
     remove(aside)
     # Hard links to DVC's cache, maybe: DVC takes a read-only file there for whole without looking.
     for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
         file.chmod(0o644)
     os.replace(path, aside)
-    print(f"{path} was damaged: set aside as {aside.name}, made anew", flush=True)
+    if say:
+        print(f"{path} was damaged: set aside as {aside if folder else aside.name}, made anew", flush=True)
     return aside
 
 

@@ -1,8 +1,8 @@
 """Captions the test split with BLIP: `python -m stages.blip`.
 
 `blip.weights` is a name on the Hugging Face hub, a local folder, or `train`: a small BLIP is then built and trained on
-the train split here (about 90 s on 2 CPU cores for the embedded data). Writes data/captions/blip.json. A killed run
-goes on at its last checkpoint, or at the next batch of images to caption.
+the train split here (about 3 minutes on 2 CPU cores for the embedded data). Writes data/captions/blip.json. A killed
+run goes on at its last checkpoint, or at the next batch of images to caption.
 """
 
 from __future__ import annotations

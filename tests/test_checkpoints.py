@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import mmap
 import os
+import random
 import shutil
 import signal
 import time
@@ -234,3 +237,37 @@ os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.05)
     assert storage.verify(tmp_path / "c" / "step-00000010") > 4000
     assert not list((tmp_path / "c").glob(".*"))
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4096, 4097, (1 << 22) + 4096, (1 << 23) + 17])
+@pytest.mark.parametrize("refused", [False, True])
+def test_writing_past_the_page_cache_writes_the_same_bytes(num_bytes, refused, tmp_path, monkeypatch) -> None:
+    content = random.Random(num_bytes).randbytes(num_bytes)
+    original = os.open
+    flags = []
+
+    def refuse_direct(path, flag, *args, **options) -> int:
+        flags.append(flag)
+        if refused and flag & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "this filesystem has no direct writes")
+        return original(path, flag, *args, **options)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    with mmap.mmap(-1, num_bytes) as memory:
+        memory[:] = content
+        with storage.commit(tmp_path / "folder", {}) as files:
+            checkpoint_writer.write_past_cache(files, "tensors", memory)
+    assert flags and flags[0] & os.O_DIRECT
+    manifest = storage.read_manifest(tmp_path / "folder")
+    assert storage.read_committed(tmp_path / "folder", "tensors", manifest) == content
+
+
+def test_writing_past_the_page_cache_reports_a_full_disk(tmp_path, monkeypatch) -> None:
+    def full(*_) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "write", full)
+    with mmap.mmap(-1, 4096) as memory, pytest.raises(OSError, match="no space"):
+        with storage.commit(tmp_path / "folder", {}) as files:
+            checkpoint_writer.write_past_cache(files, "tensors", memory)
+    assert not list(tmp_path.iterdir())
