@@ -65,7 +65,8 @@ def test_store_gathers_across_shards(tmp_path) -> None:
     first, second = write_shard(tmp_path, "00000", 3), write_shard(tmp_path, "00001", 2, first=10)
     images = [annotation(11, "00001"), annotation(0, "00000"), annotation(2, "00000")]
     store = FeatureStore(tmp_path, images)
-    expected = np.stack([second[1], first[0], first[2]]).astype(np.float32)
+    expected = np.stack([second[1], first[0], first[2]])
+    assert store.gather([0]).dtype == torch.float16
     assert np.array_equal(store.gather([0, 1, 2]).numpy(), expected)
     assert store.encoder == ENCODER
 
