@@ -5,7 +5,6 @@ python -m benchmarks.checkpointing
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -13,11 +12,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.__main__ import ENCODER_DIM, VOCABULARY_SIZE, build, synthetic_batch
+from benchmarks.measure import Row, show
+from benchmarks.workload import ENCODER_DIM, VOCABULARY_SIZE, build, synthetic_batch
 from captioning import paths
 from captioning.checkpoints import Checkpointer
 from captioning.decoders import Decoder, DecoderConfig, build_decoder
@@ -85,7 +84,7 @@ def default_decoder() -> Decoder:
     return build_decoder(DecoderConfig("lstm", "bahdanau", VOCABULARY_SIZE, ENCODER_DIM, 256, 384, 256, 384, 0.3))
 
 
-def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> dict[str, Any]:
+def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> Row:
     """LSTM + Bahdanau, 5 captions an image, the machine's best precision; one save for each 50 steps.
 
     Args:
@@ -127,5 +126,10 @@ def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> dict
     }
 
 
+def measure_default_checkpoints() -> Row:
+    return measure_checkpoints(32, default_run=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps([measure_checkpoints(), measure_checkpoints(32, default_run=True)], indent=1))
+    show(measure_checkpoints())
+    show(measure_default_checkpoints())

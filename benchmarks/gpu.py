@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.__main__ import build, synthetic_batch
 from benchmarks.checkpointing import measure_checkpoints, temporary_keeper
 from benchmarks.measure import machine
+from benchmarks.workload import build, synthetic_batch
 from captioning.checkpoints import read_checkpoint
 from captioning.distributed import ALONE
 from captioning.optimization import Stepper, build_adamw, seed_step

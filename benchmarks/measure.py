@@ -11,14 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+Row = dict[str, Any]
+"""One benchmark: work, times (name → median_s, min_s, max_s), ratios and check (name → number or text)."""
 
-def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Runs each work once to warm up, then all of them in turn, `repeats` times.
+
+def in_turn(works: dict[str, Callable[[], object]], repeats: int, warm: bool = False) -> dict[str, dict[str, float]]:
+    """Runs each work once to warm up (unless the caller did: `warm`), then all of them in turn, `repeats` times.
 
     Returns:
         For each name the median, minimum and maximum in seconds.
     """
-    for work in works.values():
+    for work in works.values() if not warm else ():
         work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
@@ -52,3 +55,13 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "numpy", "h5py")},
     }
+
+
+def show(row: Row) -> None:
+    """Prints a benchmark as lines."""
+    print(row["work"], flush=True)
+    for name, found in row["times"].items():
+        spread = f"{found['min_s'] * 1000:.1f} to {found['max_s'] * 1000:.1f}"
+        print(f"  {name:42} {found['median_s'] * 1000:9.1f} ms  ({spread})")
+    for name, value in {**row["ratios"], **row["check"]}.items():
+        print(f"  {name:46} {value:.3g}" if isinstance(value, float) else f"  {name:46} {value}", flush=True)
