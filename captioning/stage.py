@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from captioning.params import Params
 
-# Read when torch loads OpenMP, so set before. Threads that spin while they wait for each other are three times slower
-# as soon as anything else (a loader's worker, another stage) wants a core: 2.9 s against 0.9 s a training step.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read when torch loads OpenMP (GNU's), so set before: how long threads spin while they wait for each other. Beside
+# other work (a loader's worker, another stage) its 300000 make a training step three times as slow; to sleep at once
+# (OMP_WAIT_POLICY=PASSIVE) makes it 1.7 times as slow on an idle machine. docs/performance.md has the numbers.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 GIGABYTE = 10**9
 
