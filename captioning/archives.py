@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from captioning import storage
 from captioning.errors import CapstanError
-from captioning.params import Archive
+from captioning.source_params import Archive
 from captioning.transfer import download
 from captioning.work import open_work
 

@@ -9,125 +9,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from captioning import paths
 from captioning.errors import CapstanError, unknown_name
-
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0)]
-Percent = Annotated[float, Field(ge=0, le=100)]
-
-
-def _plain_name(name: str) -> str:
-    # Names become folders and DVC stage names.
-    if not name or not all(c.isalnum() or c in "_" for c in name):
-        raise ValueError("use letters, digits and underscores only")
-    return name
-
-
-Name = Annotated[str, AfterValidator(_plain_name)]
-
-
-def _address(url: str) -> str:
-    if "://" not in url and not url.startswith("$"):
-        raise ValueError("must be an apprise URL such as slack://… or $NAME_OF_AN_ENVIRONMENT_VARIABLE")
-    return url
-
-
-NotifyUrl = Annotated[str, AfterValidator(_address)]
-
-
-class Section(BaseModel):
-    """A section of params.yaml: unknown keys are refused, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DrawnSource(Section):
-    """A source that Capstan draws itself (`shapes`, `digits`)."""
-
-    num_images: Positive
-    image_px: Annotated[int, Field(ge=64, le=1024)]
-    captions_per_image: Annotated[int, Field(ge=4, le=10)]
-    seed: int
-    """Which images are drawn; a source's images do not depend on any other source."""
-    val_fraction: Fraction
-    test_fraction: Fraction
-
-
-class Archive(Section):
-    """A file to fetch: from `url`, or from the source's `root` under the URL's last component."""
-
-    url: str
-    sha256: str | None
-    """Pinned checksum; null accepts any bytes (its digest is printed, to be pinned)."""
-
-
-class FlickrSource(Section):
-    """Flickr8k: the image archive and the text archive. Flickr30k: images, token file and Karpathy's JSON."""
-
-    root: Path | None
-    """Local folder that holds the archives (or their unpacked files); null downloads them."""
-    images: Archive
-    captions: Archive
-    max_images: Positive | None
-    """For a trial on a part of the data; null takes all."""
-
-
-class Flickr30kSource(FlickrSource):
-    splits: Archive
-
-
-class CocoSource(Section):
-    root: Path | None
-    """Local folder with `annotations/` and image folders; images that are not there are fetched by `coco_url`."""
-    annotations: Archive
-    splits: Archive | None
-    """Karpathy's dataset_coco.json (or the zip that holds it); null takes train as train, half of val as test."""
-    max_images: Positive | None
-
-
-class FolderSource(Section):
-    """Your own images with a captions file."""
-
-    root: Path
-    captions_file: str
-    """CSV or JSON below `root`: a row per image and caption."""
-    image_column: str
-    caption_column: str
-    split_column: str | None
-    """Column with train/val/test; null draws the splits by the fractions below."""
-    val_fraction: Fraction
-    test_fraction: Fraction
-
-
-class UrlTableSource(Section):
-    """A parquet or CSV of URLs and captions, such as LAION-COCO or RELAION-POP."""
-
-    table: Path | str
-    url_column: str
-    caption_column: str
-    id_column: str | None
-    split_column: str | None
-    val_fraction: Fraction
-    test_fraction: Fraction
-    max_images: Positive | None
-
-
-class SourceSettings(Section):
-    shapes: DrawnSource
-    digits: DrawnSource
-    flickr8k: FlickrSource
-    flickr30k: Flickr30kSource
-    coco2014: CocoSource
-    coco2017: CocoSource
-    folder: FolderSource
-    url_table: UrlTableSource
+from captioning.param_types import Count, Fraction, Name, NotifyUrl, Percent, Positive, Rate, Section
+from captioning.source_params import SourceSettings
 
 
 class DataParams(Section):

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from captioning import paths, stage, storage
 from captioning.errors import CapstanError
-from captioning.params import DownloadParams, SourceSettings, load_params
+from captioning.params import DownloadParams, load_params
 from captioning.shard_builder import finished_rows, forget_transient, make_chunks, tar_digests
 from captioning.shard_workers import build_chunks
 from captioning.shards import SUCCESS, TARS, LedgerRow, summarise, write_ledger
+from captioning.source_params import SourceSettings
 from captioning.sources import build_table
 from captioning.sources.table import check_table
 from captioning.work import fingerprint, open_work

@@ -9,9 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 HEALTH = ("alerts", "health_records", "monitoring", "probes", "thresholds")
+PARAMS = ("param_types", "params", "source_params")
 PLUMBING = {
     f"captioning/{name}.py"
-    for name in ("__init__", "errors", "interruption", "orphans", "params", "paths", "progress", "stage", *HEALTH)
+    for name in ("__init__", "errors", "interruption", "orphans", "paths", "progress", "stage", *PARAMS, *HEALTH)
 }
 """Modules that cannot change a result: DVC compares the values of params.yaml themselves (no field has a default, which
 a test holds), and the rest says where files lie, who is alive, and how things look on a terminal."""

@@ -16,7 +16,7 @@ import pytest
 
 from captioning import archives, transfer
 from captioning.errors import CapstanError
-from captioning.params import Archive
+from captioning.source_params import Archive
 
 DATA = bytes(range(256)) * 40
 

@@ -18,10 +18,11 @@ from loopback import Server, encoded, jpeg, picture
 
 from captioning import fetching, shard_builder, shard_workers
 from captioning.errors import CapstanError, DamagedError
-from captioning.params import DownloadParams, SourceSettings, load_params
+from captioning.params import DownloadParams, load_params
 from captioning.shard_builder import Chunk, build_chunk, finished_rows, make_chunks
 from captioning.shard_workers import build_chunks
 from captioning.shards import LedgerRow, iterate_shard, read_ledger, scan_shard, verify_shards
+from captioning.source_params import SourceSettings
 from captioning.sources.table import Row
 from stages.download import check_failures, download
 
@@ -259,7 +260,7 @@ def test_a_killed_stage_is_resumed_with_the_same_result(tmp_path):
     params = quick(samples_per_shard=2)
     program = (
         "import sys; from pathlib import Path; from stages.download import download;"
-        "from captioning.params import SourceSettings, DownloadParams;"
+        "from captioning.params import DownloadParams; from captioning.source_params import SourceSettings;"
         "download(sources=['shapes'], source_settings=SourceSettings.model_validate_json(sys.argv[1]),"
         "download=DownloadParams.model_validate_json(sys.argv[2]), target=Path('killed'))"
     )

@@ -7,7 +7,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from captioning.errors import CapstanError
-from captioning.params import Section, load_params, parse_params
+from captioning.param_types import Section
+from captioning.params import load_params, parse_params
 
 ROOT = Path(__file__).parents[1]
 

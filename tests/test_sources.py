@@ -18,7 +18,8 @@ from loopback import jpeg
 from PIL import Image
 
 from captioning.errors import CapstanError
-from captioning.params import (
+from captioning.params import load_params
+from captioning.source_params import (
     CocoSource,
     DrawnSource,
     Flickr30kSource,
@@ -26,7 +27,6 @@ from captioning.params import (
     FolderSource,
     SourceSettings,
     UrlTableSource,
-    load_params,
 )
 from captioning.sources import SOURCES, build_table, coco, digits, flickr, folder, shapes, url_table
 from captioning.sources.scenes import rng_for, with_article

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning.errors import CapstanError, unknown_name
-from captioning.params import SourceSettings
+from captioning.source_params import SourceSettings
 from captioning.sources import coco, digits, flickr, folder, shapes, url_table
 from captioning.sources.table import Row
 

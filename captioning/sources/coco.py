@@ -10,7 +10,7 @@ from typing import Any
 
 from captioning import archives
 from captioning.errors import CapstanError
-from captioning.params import CocoSource
+from captioning.source_params import CocoSource
 from captioning.sources.flickr import load_karpathy
 from captioning.sources.table import Row, clean_captions, file_url, split_name, take_evenly
 

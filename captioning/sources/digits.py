@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from captioning.params import DrawnSource
+from captioning.source_params import DrawnSource
 from captioning.sources import scenes
 from captioning.sources.scenes import Scene, with_article
 from captioning.sources.table import Row, draw_splits

@@ -13,7 +13,7 @@ from typing import Any
 
 from captioning import archives
 from captioning.errors import CapstanError
-from captioning.params import Flickr30kSource, FlickrSource
+from captioning.source_params import Flickr30kSource, FlickrSource
 from captioning.sources.table import Row, clean_captions, file_url, split_name, take_evenly
 
 FLICKR8K_SPLITS = {

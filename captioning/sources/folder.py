@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from captioning.errors import CapstanError
-from captioning.params import FolderSource
+from captioning.source_params import FolderSource
 from captioning.sources.records import merge_records, read_records, resolve_splits
 from captioning.sources.table import Row, file_url
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from captioning.orphans import die_with_parent
-from captioning.params import DrawnSource
+from captioning.source_params import DrawnSource
 from captioning.sources.table import Row, file_url
 
 SUPERSAMPLING = 2

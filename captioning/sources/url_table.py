@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 import xxhash
 
 from captioning.archives import fetch_once
-from captioning.params import UrlTableSource
+from captioning.source_params import UrlTableSource
 from captioning.sources.records import merge_records, read_records, resolve_splits
 from captioning.sources.table import Row, take_evenly
 
