@@ -2,7 +2,7 @@
 
 Reads data/captions/<captioner>.json and data/prepared/test.json; writes reports/scores/<captioner>.json (the whole test
 split, and each source on its own with CIDEr's document frequencies counted within that source's images) and
-data/scores/<captioner>.parquet (each image). O(10 s) for some hundred images, most of it METEOR's start-up. A killed
+data/scores/<captioner>.parquet (each image). O(5 s) for some hundred images, half of it to ready METEOR. A killed
 run goes on with the metrics that are not yet computed.
 """
 
