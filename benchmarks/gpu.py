@@ -1,4 +1,4 @@
-"""What only a GPU can tell: determinism, resuming, number formats, and what a checkpoint costs from device memory.
+"""What only a GPU can tell: determinism, resuming, number formats, checkpoints from device memory, and its speed.
 
     python -m benchmarks.gpu        # writes benchmarks/gpu/<device>-<date>.json
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.checkpointing import measure_checkpoints, temporary_keeper
+from benchmarks.gpu_speed import measure_speed
 from benchmarks.measure import machine
 from benchmarks.workload import build, synthetic_batch
 from captioning.checkpoints import read_checkpoint
@@ -105,6 +106,7 @@ def main() -> None:
             for name, losses in formats.items()
         },
         "checkpoints": measure_checkpoints(),
+        "speed": measure_speed(device),
     }
     FOLDER.mkdir(exist_ok=True)
     target = FOLDER / f"{str(result['device']).replace(' ', '-').lower()}-{result['date']}.json"
