@@ -1,6 +1,7 @@
 """Measures everything beside its peer or its limit: `make bench` (O(35 min)), or `python -m benchmarks P1 P5` for some.
 
-Writes benchmarks/results.json, in which the rows that were not measured stay as they are.
+Writes benchmarks/results.json, in which the rows that were not measured stay as they are, and the table in README.md
+and docs/performance.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.measure import Row, machine, show
+from benchmarks.table import write_table
 
 RESULTS = Path(__file__).parent / "results.json"
 ROWS: dict[str, list[tuple[str, str]]] = {
@@ -47,6 +49,7 @@ def main() -> None:
             show(row)
         # After each, so that a benchmark that is stopped keeps what it has.
         RESULTS.write_text(json.dumps({"results": {key: kept[key] for key in ROWS if key in kept}}, indent=1) + "\n")
+    write_table(kept)
 
 
 if __name__ == "__main__":

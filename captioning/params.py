@@ -65,7 +65,9 @@ class FeaturesParams(Section):
     num_processes: Positive
     """Share the shards; on GPUs, one process each."""
     batch_size: Positive
+    """On a CPU at most 8 are encoded at once: more are no faster, and leave its cache."""
     num_workers: Count
+    """Processes that decode JPEGs ahead for a GPU. On a CPU each core decodes what it encodes."""
     precision: Literal["fp32", "bf16", "fp16", "auto"]
 
 
