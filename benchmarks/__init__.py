@@ -1,1 +1,1 @@
-"""`make bench`: speed beside peers and limits, measured in turn within one run, kept as JSON."""
+import captioning.stage  # noqa: F401  # its OpenMP settings, before torch is loaded: what stages run with

@@ -28,7 +28,7 @@ from captioning.precision import autocast, choose_device, choose_precision
 INTERVAL = 50
 WINDOW = 6
 """Steps watched before, from and after a save: the writer has ended in less, so that no other step can differ."""
-NUM_PAIRS = 20
+NUM_PAIRS = 30
 
 
 @contextmanager
@@ -116,12 +116,12 @@ def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> Row:
             for kind, values in {"a checkpoint, wait and slower steps": extra, "wait": stalls, "step": plain}.items()
         },
         "ratios": {
-            "share of time spent on checkpoints": statistics.median(extra) / (INTERVAL * step_s),
+            "share of time spent on checkpoints": statistics.mean(extra) / (INTERVAL * step_s),
             "longest stall / median step": max(stalls) / step_s,
         },
         "check": {
-            "share by the mean": statistics.mean(extra) / (INTERVAL * step_s),
-            "standard error of that": statistics.stdev(extra) / NUM_PAIRS**0.5 / (INTERVAL * step_s),
+            "share by the median save": statistics.median(extra) / (INTERVAL * step_s),
+            "standard error of the share": statistics.stdev(extra) / NUM_PAIRS**0.5 / (INTERVAL * step_s),
         },
     }
 

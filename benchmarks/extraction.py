@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,7 +156,8 @@ def measure_extraction() -> Row:
             works |= run.works()
         times = in_turn({name: work for name, (work, _) in works.items()}, repeats=3)
     rates = {name: num_images / times[name]["median_s"] for name, (_, num_images) in works.items()}
-    ratios, check = {}, {f"{name}, images/s": rate for name, rate in rates.items()}
+    ratios: dict[str, float] = {}
+    check = {f"{name}, images/s": rate for name, rate in rates.items()}
     for run in runs:
         ratios |= run.ratios(rates)
         check |= run.differences()
@@ -197,12 +199,12 @@ class Steps:
         nn.functional.cross_entropy(self.decoder(batch), batch.packed_targets).backward()
 
 
-def resnet101() -> Callable[[Tensor], Tensor]:
+def resnet101() -> tuple[Encoder, int]:
     """The tutorials' encoder, as they run it: torchvision's network, eager, float32; here in channels_last."""
     from torchvision.models import resnet101 as build
 
     backbone = nn.Sequential(*list(build().eval().children())[:-2])
-    return Encoder("resnet101", backbone, IMAGENET, 2048, "random")
+    return Encoder("resnet101", backbone, IMAGENET, 2048, "random"), 2048
 
 
 def measure_cached_epoch() -> Row:
@@ -212,12 +214,10 @@ def measure_cached_epoch() -> Row:
     an image of a batch is what this project's batches would allow.
     """
     keep_memory()
-    encoders = {
-        "efficientnet_lite0": (
-            fuse_encoder(build_encoder("efficientnet_lite0", "package"), IMAGES, torch.float32),
-            1280,
-        ),
-        "resnet101": (resnet101(), 2048),
+    lite = build_encoder("efficientnet_lite0", "package")
+    encoders: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+        lite.name: (fuse_encoder(lite, IMAGES, torch.float32), lite.encoder_dim),
+        "resnet101": resnet101(),
     }
     works: dict[str, Callable[[], object]] = {}
     with project_folder() as folder:
@@ -225,8 +225,8 @@ def measure_cached_epoch() -> Row:
         for name, (encode, encoder_dim) in encoders.items():
             steps = Steps(folder / name, encode, encoder_dim, jpegs)
             works[f"{name}: cached"] = steps.cached
-            works[f"{name}: live, once an image"] = lambda steps=steps: steps.live(1)
-            works[f"{name}: live, once a caption"] = lambda steps=steps: steps.live(CAPTIONS)
+            works[f"{name}: live, once an image"] = partial(steps.live, 1)
+            works[f"{name}: live, once a caption"] = partial(steps.live, CAPTIONS)
         times = in_turn(works, repeats=3)
     ratios = {
         f"{name}, once {how}: live / cached": ratio(times, f"{name}: live, once {how}", f"{name}: cached")

@@ -51,6 +51,7 @@ def machine() -> dict[str, Any]:
         "cpu": model[0] if model else platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT"),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "numpy", "h5py")},

@@ -42,7 +42,7 @@ def measure_pipeline() -> Row:
         "dvc repro --single-item --force report": _seconds(clone, "dvc", "repro", "-s", "-f", "report"),
     }
     return {
-        "work": "P8 the default params in a fresh clone",
+        "work": "P8 the default params in a fresh clone, after the install (2 to 4 min), one run",
         "times": {name: {"median_s": value, "min_s": value, "max_s": value} for name, value in seconds.items()},
         "ratios": {f"{name}: share of {GOALS[name]} s": value / GOALS[name] for name, value in seconds.items()},
         "check": {},

@@ -16,12 +16,21 @@ BEGIN, END = "<!-- from benchmarks/results.json: `python -m benchmarks.table` --
 
 GOALS: dict[str, list[tuple[str, str, float]]] = {
     "P1": [("tutorial / ours", "≥", 3), ("ours / products", "≤", 1.3)],
-    "P2": [("tutorial (once a reference) / ours", "≥", 20), ("one image at a time / ours", "≥", 6)],
-    "P3": [("bf16: extraction / bare network", "≥", 0.95), ("fp32: extraction / bare network", "≥", 0.95)],
-    "P4": [("resnet101, once a caption: live / cached", "≥", 10)],
+    "P2": [("one image at a time / ours", "≥", 6), ("tutorial (once a reference: 5 ×) / ours", "≥", 20)],
+    "P3": [
+        ("fp32: extraction / bare network", "≥", 0.95),
+        ("bf16: extraction / bare network", "≥", 0.95),
+        ("fp32: extraction / network and decoding alone", "", 0),
+        ("bf16: extraction / network and decoding alone", "", 0),
+    ],
+    "P4": [
+        ("resnet101, once a caption: live / cached", "≥", 10),
+        ("resnet101, once an image: live / cached", "", 0),
+        ("efficientnet_lite0, once an image: live / cached", "", 0),
+    ],
     "P5": [("share of time spent on checkpoints", "≤", 0.01), ("longest stall / median step", "≤", 1)],
     "P6": [("share of a plain copy's speed", "≥", 0.8)],
-    "P7": [("COCOEvalCap / ours", "≥", 3)],
+    "P7": [("COCOEvalCap / ours", "≥", 3), ("the same for one captioner", "", 0)],
     "P8": [
         ("make repro: share of 720 s", "≤", 1),
         ("dvc repro, nothing to do: share of 10 s", "≤", 1),
@@ -30,7 +39,7 @@ GOALS: dict[str, list[tuple[str, str, float]]] = {
     "P9": [("own memory at the end / after the first tenth", "≤", 1.1)],
     "P10": [("slowest: share of 1 s", "≤", 1)],
 }
-"""Of each row the ratios that a goal is set for."""
+"""Of each row the ratios that a goal is set for, and (without a sign) those that put them into proportion."""
 
 
 def build_table(results: dict[str, list[Row]]) -> str:
@@ -41,8 +50,9 @@ def build_table(results: dict[str, list[Row]]) -> str:
             title = str(row["work"])
             for ratio, sign, goal in goals:
                 value = row["ratios"][ratio]
-                met = value >= goal if sign == "≥" else value <= goal
-                lines.append(f"| {title} | {ratio} | {sign} {goal:g} | {value:.3g}{'' if met else ' (missed)'} |")
+                met = not sign or (value >= goal if sign == "≥" else value <= goal)
+                wanted = f"{sign} {goal:g}" if sign else ""
+                lines.append(f"| {title} | {ratio} | {wanted} | {value:.3g}{'' if met else ' (missed)'} |")
                 title = ""
     return "\n".join(lines)
 
@@ -53,7 +63,10 @@ def write_table(results: dict[str, list[Row]]) -> None:
     for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
         text = path.read_text()
         marked = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-        path.write_text(marked.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text))
+        text, num_found = marked.subn(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+        if num_found != 1:
+            raise ValueError(f"{path} has {num_found} places for the table, marked by {BEGIN} and {END}")
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,10 @@ class AdditiveAttention(Attention):
         return exponential(self.key(regions))
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return _AdditiveScores.apply(exponential(self.query(queries)), keys, self.score.weight[0].to(keys.dtype))
+        compared = exponential(self.query(queries))
+        with torch.autocast(keys.device.type, enabled=False):  # in the keys' precision
+            scores: Tensor = _AdditiveScores.apply(compared, keys, self.score.weight[0].to(keys.dtype))
+        return scores
 
 
 class GeneralAttention(Attention):

@@ -61,8 +61,9 @@ def _write_direct(file: int, memory: mmap.mmap) -> None:
             with view[position : min(position + storage.CHUNK, end)] as part:
                 position += os.write(file, part)
         fcntl.fcntl(file, fcntl.F_SETFL, 0)  # the last block is no whole one
-        with view[end:] as part:
-            os.write(file, part)
+        while position < len(memory):
+            with view[position:] as part:
+                position += os.write(file, part)
     os.fsync(file)
 
 

@@ -34,7 +34,7 @@ from captioning.shards import iterate_shard
 CPU_BATCH_SIZE = 8
 """More images at once make a CPU no faster, and their activations leave its cache."""
 BATCHES_AHEAD = 64
-"""For a CPU's cores to work on while a shard's features are written."""
+"""For a CPU's cores to work on while a shard's features are written. Small: only JPEGs and features wait."""
 INFINITE = 0x7C00
 """The bits of float16's infinity; those of NaN are above, those of all numbers below."""
 
@@ -136,7 +136,7 @@ def encode_on_cpu(encoder: Encoder, shards: list[Path], batch_size: int, dtype: 
     """Encoded batches in the shards' order, computed by as many threads as torch would use for one."""
     keep_memory()
     batch_size, num_threads = min(batch_size, CPU_BATCH_SIZE), torch.get_num_threads()
-    encode = fuse_encoder(encoder, batch_size, dtype) if can_fuse() else _plain(encoder, dtype)
+    encode = _fused(encoder, batch_size, dtype)
 
     def work(index: int, batch: Batch) -> Encoded:
         with torch.inference_mode():
@@ -148,7 +148,7 @@ def encode_on_cpu(encoder: Encoder, shards: list[Path], batch_size: int, dtype: 
     try:
         for index, batch in read_batches(shards, batch_size):
             waiting.append(pool.submit(work, index, batch))
-            if len(waiting) > BATCHES_AHEAD:
+            if len(waiting) >= max(BATCHES_AHEAD, 2 * num_threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -178,6 +178,15 @@ def _encode_on_gpu(
         index, keys, pixels = loaded
         with torch.inference_mode():
             yield index, keys, encode(pixels.to(device)).to(torch.float16).cpu().numpy()
+
+
+def _fused(encoder: Encoder, batch_size: int, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    if can_fuse(dtype):
+        try:
+            return fuse_encoder(encoder, batch_size, dtype)
+        except ValueError as error:
+            print(f"{encoder.name} runs as it is, slower: {error}", flush=True)
+    return _plain(encoder, dtype)
 
 
 def _plain(encoder: Encoder, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,20 +62,32 @@ def keep_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def can_fuse() -> bool:
-    """Whether this build of torch has what `fuse` needs: oneDNN."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+@cache
+def can_fuse(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this build of torch and this processor have what `fuse` needs: oneDNN, in this dtype. It tries."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    try:
+        fuse(nn.Sequential(nn.Conv2d(3, 8, 3)).eval(), torch.zeros(1, 3, 8, 8, dtype=dtype))
+    except RuntimeError:  # "needs avx512_fp16"
+        return False
+    return True
 
 
 def fuse(network: nn.Module, example: Tensor) -> nn.Module:
     """A network for inference on a CPU: batch normalisation folded into convolutions, ReLUs computed within them.
 
     Args:
-        network: in evaluation mode, of a form that torch.fx can trace; it is used up.
+        network: in evaluation mode, of a form that torch.fx can trace; it is used up. Its convolutions are torch's own,
+            or a subclass whose `static_padding` does nothing.
         example: an input, of the dtype to compute in. Weights are laid out for its shape; others are right, but slower.
+
+    Raises:
+        ValueError: a convolution that computes something else, or is used more than once.
     """
     assert not network.training
     graph = fx.GraphModule(network, _Tracer().trace(network))
+    _check_convolutions(graph)
     for node, convolution, following, norm in _followed(graph, (nn.BatchNorm2d,)):
         _replace(graph, node, following, fuse_conv_bn_eval(convolution, norm))
     for node, convolution, following, relu in _followed(graph, (nn.ReLU, nn.ReLU6)):
@@ -86,6 +100,17 @@ def fuse(network: nn.Module, example: Tensor) -> nn.Module:
     with torch.inference_mode():
         graph(example)
     return graph
+
+
+def _check_convolutions(graph: fx.GraphModule) -> None:
+    uses = Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_module")
+    for name, module in graph.named_modules():
+        if not isinstance(module, nn.Conv2d):
+            continue
+        unpadded = hasattr(module, "static_padding") and not isinstance(module.static_padding, nn.ZeroPad2d)
+        plain = unpadded or type(module).forward is nn.Conv2d.forward
+        if not plain or module.padding_mode != "zeros" or isinstance(module.padding, str) or uses[name] > 1:
+            raise ValueError(f"{name}: {module} cannot be fused")
 
 
 class _Tracer(fx.Tracer):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Read when torch loads OpenMP (GNU's), so set before: how long threads spin while they wait for each other. Beside
 # other work (a loader's worker, another stage) its 300000 make a training step three times as slow; to sleep at once
 # (OMP_WAIT_POLICY=PASSIVE) makes it 1.7 times as slow on an idle machine. docs/performance.md has the numbers.
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+if "OMP_WAIT_POLICY" not in os.environ:  # what a user says counts
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 GIGABYTE = 10**9
 

@@ -167,3 +167,20 @@ def test_wrong_settings_name_the_choices() -> None:
         build_attention("luong", 3, 4, 5)
     with pytest.raises(CapstanError, match="luong_dot needs hidden_dim"):
         build_attention("luong_dot", 3, 4, 5)
+
+
+@pytest.mark.parametrize(("kind", "attention"), ALL_DECODERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_decoder_trains_in_half_precision(kind, attention, dtype, features) -> None:
+    if dtype == torch.float16 and kind == "lstm" and attention != "bahdanau":
+        pytest.skip("torch has no float16 LSTM for CPUs")
+    decoder = small_decoder(kind, attention).float()
+    batch = collate(features.half(), random_captions(len(features), 9), Vocabulary)
+    gradients = []
+    for low in (True, False):
+        with torch.autocast("cpu", dtype, enabled=low):
+            logits = decoder(batch)
+        loss = functional.cross_entropy(logits.float(), batch.packed_targets)
+        found = torch.autograd.grad(loss, list(decoder.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert 0 < (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 0.2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from loopback import jpeg
 
-from captioning import extraction
+from captioning import extraction, precision
 from captioning.encoders import Encoder, build_encoder
 from captioning.errors import CapstanError
 from captioning.extraction import encode_on_cpu, extract_features, read_batches
@@ -68,7 +68,7 @@ def test_a_shard_done_again_has_the_same_bytes(
 def test_without_onednn_the_encoder_itself_runs(
     encoder: Encoder, shards: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extraction, "can_fuse", lambda: False)
+    monkeypatch.setattr(extraction, "can_fuse", lambda dtype: False)
     monkeypatch.setattr(extraction, "fuse_encoder", None)
     found = list(encode_on_cpu(encoder, shards[1:], 2, torch.float32))
     assert [(index, len(keys)) for index, keys, _ in found] == [(0, 2), (0, 1)]
@@ -141,3 +141,58 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
     (tmp_path / "00000.h5").write_bytes(damaged)
     assert extraction.missing_shards(encoder, shards, tmp_path) == shards[:1]
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".h5"] == ["00001.h5"]
+
+
+def test_the_benchmarks_photographs_are_as_heavy_as_real_ones(tmp_path: Path) -> None:
+    from benchmarks.extraction import write_shards
+
+    jpegs = [data for shard in write_shards(tmp_path, 9) for _, data, _ in iterate_shard(shard)]
+    assert len(set(jpegs)) == 9
+    assert {decode_image(data).shape for data in jpegs} == {(256, 341, 3)}
+    assert 0.25 < np.mean([len(data) for data in jpegs]) / (256 * 341) < 0.6  # bytes a pixel
+
+
+@pytest.mark.parametrize(("num_threads", "ahead"), [(1, 1), (2, 64), (3, 2)])
+def test_bytes_depend_on_no_number_of_threads(
+    num_threads: int, ahead: int, encoder: Encoder, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract_features(encoder, shards, tmp_path / "plain", 8, 0, "fp32")
+    before = torch.get_num_threads()
+    monkeypatch.setattr(extraction, "BATCHES_AHEAD", ahead)
+    torch.set_num_threads(num_threads)
+    try:
+        extract_features(encoder, shards, tmp_path / "other", 32, 0, "fp32")
+    finally:
+        torch.set_num_threads(before)
+    for shard in shards:
+        name = f"{shard.stem}.h5"
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_number_format_that_the_processor_cannot_fuse_runs_as_it_is(
+    encoder: Encoder, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("mkldnn_reorder_conv2d_weight: fp16 path needs avx512_fp16")
+
+    precision.can_fuse.cache_clear()
+    monkeypatch.setattr(precision, "fuse", refuse)
+    try:
+        extract_features(encoder, shards[:1], tmp_path, 8, 0, "fp16")
+    finally:
+        precision.can_fuse.cache_clear()
+    assert (tmp_path / f"{shards[0].stem}.h5").exists()
+
+
+@pytest.mark.parametrize("wrong", [{"padding_mode": "reflect"}, {"padding": "same"}])
+def test_a_convolution_that_computes_something_else_is_not_fused(wrong: dict) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, **{"padding": 1, **wrong}))
+    with pytest.raises(ValueError, match="cannot be fused"):
+        precision.fuse(network.eval(), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_convolution_used_twice_is_not_fused() -> None:
+    convolution = torch.nn.Conv2d(4, 4, 3, padding=1)
+    network = torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(4), convolution, torch.nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match="cannot be fused"):
+        precision.fuse(network.eval(), torch.zeros(1, 4, 8, 8))

@@ -111,7 +111,7 @@ def unroll(
         score: (attention_dim,).
 
     Returns:
-        Hidden states and gated contexts, packed as `words` are. All that goes in has their dtype, but for the keys.
+        Hidden states and gated contexts, packed as `words` are. All has their dtype, but for keys and score.
     """
     with torch.autocast(words.device.type, enabled=False):
         packed: tuple[Tensor, Tensor] = _Unrolled.apply(
@@ -209,7 +209,7 @@ class _Unrolled(torch.autograd.Function):
         later: State = ()
         for step in reversed(range(len(ctx.extents))):
             rows, columns = ctx.extents[step]
-            queries, attention_weights, context, saved = ctx.kept[step]
+            queries, attention_weights, context, saved = ctx.kept.pop()  # freed as it goes
             gate = steps.grid(projected, step)[..., widths[0] : -widths[2]]
             inputs, hidden, passed = ctx.cell.retreat(_join(steps.grid(for_hiddens, step), later, num_states), saved)
             for_query, for_gate, for_hidden_gates = steps.grid(for_projected, step).split(widths, -1)

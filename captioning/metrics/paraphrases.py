@@ -60,13 +60,18 @@ def open_relevant(table: Path, references: Iterable[str], hypotheses: Iterable[s
         CapstanError: the table is damaged (METEOR would go on with what it could read of it).
     """
     marks = _mark(references), _mark(hypotheses)
-    found = tempfile.TemporaryFile()
     try:
+        found = tempfile.TemporaryFile()
         with gzip.GzipFile(table) as source, gzip.GzipFile(fileobj=found, mode="wb", compresslevel=1) as target:
             _copy_relevant(source, target, *marks)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+        found.flush()
+    except (gzip.BadGzipFile, FileNotFoundError, EOFError, ValueError, zlib.error) as error:
         raise CapstanError(f"{table} cannot be read ({error}): install pycocoevalcap again") from error
-    found.flush()
+    except OSError as error:
+        where = tempfile.gettempdir()
+        raise CapstanError(
+            f"no room for METEOR's paraphrases in {where} ({error.strerror}): free some MB or set TMPDIR"
+        ) from error
     return found
 
 
