@@ -58,7 +58,7 @@ class Training:
         self.device = choose_device()
         self.dtype = choose_precision("auto", self.device)
         self.batch, self.decoder = synthetic_batch(num_images).to(self.device), decoder.to(self.device)
-        optimizer = build_adamw(list(decoder.named_parameters()), 1e-4, 0.01, (0.9, 0.999))
+        optimizer = build_adamw([(list(decoder.named_parameters()), 1e-4)], 0.01, (0.9, 0.999))
         self.stepper = Stepper(optimizer, 5.0, self.dtype, ALONE)
         self.best = {name: tensor.cpu().clone() for name, tensor in decoder.state_dict().items()}
 
@@ -81,7 +81,20 @@ class Training:
 def default_decoder() -> Decoder:
     """The LSTM of the default run, with the benchmarks' vocabulary."""
     torch.manual_seed(0)
-    return build_decoder(DecoderConfig("lstm", "bahdanau", VOCABULARY_SIZE, ENCODER_DIM, 256, 384, 256, 384, 0.3))
+    return build_decoder(
+        DecoderConfig(
+            type="lstm",
+            attention="bahdanau",
+            context_gate=True,
+            vocabulary_size=VOCABULARY_SIZE,
+            encoder_dim=ENCODER_DIM,
+            embedding_dim=256,
+            hidden_dim=384,
+            attention_dim=256,
+            region_dim=384,
+            dropout=0.3,
+        )
+    )
 
 
 def measure_checkpoints(num_images: int = 16, default_run: bool = False) -> Row:

@@ -175,8 +175,20 @@ class Steps:
     def __init__(self, folder: Path, encode: Callable[[Tensor], Tensor], encoder_dim: int, jpegs: list[Any]) -> None:
         self.encode, self.jpegs, self.batch = encode, jpegs, synthetic_batch(IMAGES)
         torch.manual_seed(0)
-        sizes = (VOCABULARY_SIZE, encoder_dim, 512, 512, 512, 512)
-        self.decoder: Decoder = build_decoder(DecoderConfig("lstm", "bahdanau", *sizes, 0.0))
+        self.decoder: Decoder = build_decoder(
+            DecoderConfig(
+                type="lstm",
+                attention="bahdanau",
+                context_gate=True,
+                vocabulary_size=VOCABULARY_SIZE,
+                encoder_dim=encoder_dim,
+                embedding_dim=512,
+                hidden_dim=512,
+                attention_dim=512,
+                region_dim=512,
+                dropout=0.0,
+            )
+        )
         values = np.random.default_rng(0).normal(size=(IMAGES, NUM_REGIONS, encoder_dim)).clip(0).astype(np.float16)
         folder.mkdir()
         keys = [str(i) for i in range(IMAGES)]

@@ -40,7 +40,7 @@ class Run:
         for module in self.decoder.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.3
-        optimizer = build_adamw(list(self.decoder.named_parameters()), 1e-3, 0.01, (0.9, 0.999))
+        optimizer = build_adamw([(list(self.decoder.named_parameters()), 1e-3)], 0.01, (0.9, 0.999))
         self.stepper = Stepper(optimizer, 5.0, dtype, ALONE)
 
     def steps(self, first: int, last: int) -> list[float]:

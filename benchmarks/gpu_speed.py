@@ -60,7 +60,7 @@ def measure_steps(device: torch.device, sizes: tuple[int, ...], limits: dict[str
             batch = synthetic_batch(num_images)
             flops = 3 * 2 * sum(rows * inner * columns for rows, inner, columns in product_shapes(decoder, batch))
             stepper = Stepper(
-                build_adamw(list(decoder.named_parameters()), 1e-4, 0.01, (0.9, 0.999)), 5.0, dtype, ALONE
+                build_adamw([(list(decoder.named_parameters()), 1e-4)], 0.01, (0.9, 0.999)), 5.0, dtype, ALONE
             )
             moved = batch.to(device)
             if device.type == "cuda":

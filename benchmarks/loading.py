@@ -107,7 +107,20 @@ def _train(folder: Path, num_images: int) -> dict[str, float]:
     annotations = annotate(num_images)
     vocabulary = Vocabulary([*SPECIAL, *WORDS], max_length=20)
     batches = CaptionBatches(FeatureStore(folder, annotations), annotations, vocabulary, 64)
-    decoder = build_decoder(DecoderConfig("lstm", "bahdanau", VOCABULARY_SIZE, ENCODER_DIM, 32, 32, 32, 32, 0.0))
+    decoder = build_decoder(
+        DecoderConfig(
+            type="lstm",
+            attention="bahdanau",
+            context_gate=True,
+            vocabulary_size=VOCABULARY_SIZE,
+            encoder_dim=ENCODER_DIM,
+            embedding_dim=32,
+            hidden_dim=32,
+            attention_dim=32,
+            region_dim=32,
+            dropout=0.0,
+        )
+    )
     optimizer = torch.optim.AdamW(decoder.parameters())
     used = []
     for share in batches.epoch(epoch_order(num_images, 0, 0)):

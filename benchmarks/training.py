@@ -11,6 +11,7 @@ from benchmarks.measure import Row, in_turn, ratio, show
 from benchmarks.references.tutorial import tutorial_loss
 from benchmarks.workload import ENCODER_DIM, NUM_REGIONS, VOCABULARY_SIZE, build, synthetic_batch
 from captioning.datasets import Batch
+from captioning.losses import cross_entropy
 
 
 def product_shapes(decoder: Any, batch: Batch) -> list[tuple[int, int, int]]:
@@ -42,7 +43,7 @@ def measure_training() -> Row:
         return value.detach()
 
     def ours() -> Tensor:
-        return step(lambda: torch.nn.functional.cross_entropy(decoder(batch), batch.packed_targets))
+        return step(lambda: cross_entropy(decoder(batch), batch.packed_targets) / batch.num_tokens)
 
     def tutorial() -> Tensor:
         return step(lambda: tutorial_loss(decoder, batch))  # type: ignore[arg-type]

@@ -161,7 +161,9 @@ class BlipTask:
         self.model = model.to(self.device)
         self.captions, self.settings, self.batch_size, self.seed = captions, settings, batch_size, seed
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, math.ceil(len(captions) / batch_size)
-        optimizer = build_adamw(list(model.named_parameters()), settings.learning_rate, settings.weight_decay, BETAS)
+        optimizer = build_adamw(
+            [(list(model.named_parameters()), settings.learning_rate)], settings.weight_decay, BETAS
+        )
         self.stepper = Stepper(optimizer, CLIP_NORM, self.dtype, ALONE)
         self.losses: list[float] = []
         """Each epoch's mean."""

@@ -1,6 +1,7 @@
 """What training and search read: mapped features, and batches of images with all their captions.
 
-The order of samples is a pure function of (seed, epoch), so a run can be repeated and resumed exactly.
+The order of samples is a pure function of (seed, epoch), the view of each of (seed, epoch, image_id), so a run can be
+repeated and resumed exactly.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from captioning.annotations import Annotation
+from captioning.augmentation import survives_mirror
 from captioning.distributed import ALONE, World
 from captioning.errors import CapstanError
 from captioning.feature_files import FeatureFile, open_features
+from captioning.views import MIRROR
 from captioning.vocabulary import Vocabulary
 
 
@@ -33,7 +37,7 @@ class FeatureStore:
             verify: read every file used and compare its digest first (about 9 GB/s).
 
         Raises:
-            CapstanError: a file is missing or damaged, or an image has no features.
+            CapstanError: a file is missing or damaged, files have different views, or an image has no features.
         """
         self._files: dict[str, FeatureFile] = {}
         rows: dict[str, dict[str, int]] = {}
@@ -46,10 +50,15 @@ class FeatureStore:
         absent = [image.image_id for image in images if image.key not in rows[image.shard]]
         if absent:
             raise CapstanError(f"{folder} has no features for {len(absent)} images ({absent[0]}, …): run `dvc repro`")
-        # Views of plain arrays, made once: of a memmap each row would be a new memmap, ten times as slow to make.
+        # Parts of plain arrays, made once: of a memmap each would be a new memmap, ten times as slow to make.
         arrays = {shard: np.asarray(file.features) for shard, file in self._files.items()}
         self._images = [arrays[image.shard][rows[image.shard][image.key]] for image in images]
-        self.encoder = next(iter(self._files.values())).encoder
+        self._plain = [image[0] for image in self._images]
+        first = next(iter(self._files.values()))
+        self.encoder, self.views = first.encoder, first.views
+        others = [shard for shard, file in self._files.items() if file.views != self.views]
+        if others:
+            raise CapstanError(f"{folder / others[0]}.h5 has other views than the first file: run `dvc repro features`")
 
     def __len__(self) -> int:
         return len(self._images)
@@ -59,14 +68,21 @@ class FeatureStore:
         """The stored digest of each file used, by shard."""
         return {shard: file.digest for shard, file in self._files.items()}
 
-    def gather(self, indices: Sequence[int]) -> Tensor:
-        """Rows of the images at these positions: (batch, num_regions, encoder_dim) float16.
+    def gather(self, indices: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+        """Features of the images at these positions: (batch, num_regions, encoder_dim) float16.
 
         What computes with them widens them, on its own device: half the bytes to copy here and to a GPU.
+
+        Args:
+            views: of each image, a position in `self.views`; None: the plain view of all.
         """
-        num_regions, encoder_dim = self._images[0].shape
+        if views is None:
+            blocks = [self._plain[i] for i in indices]
+        else:
+            blocks = [self._images[i][view] for i, view in zip(indices, views, strict=True)]
+        num_regions, encoder_dim = self._plain[0].shape
         gathered = torch.empty(len(indices), num_regions, encoder_dim, dtype=torch.float16)
-        np.concatenate([self._images[i] for i in indices], out=gathered.view(-1, encoder_dim).numpy())
+        np.concatenate(blocks, out=gathered.view(-1, encoder_dim).numpy())
         return gathered
 
 
@@ -139,6 +155,11 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng([seed, epoch]).permutation(num_samples).tolist()
 
 
+def epoch_view(num_views: int, seed: int, epoch: int, image_id: str) -> int:
+    """The view of an image in an epoch: depends on nothing but these, so on no other image, batch or process."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{epoch}/{image_id}".encode()) % num_views
+
+
 class CaptionBatches:
     """Batches of a split for teacher forcing. One thread gathers the next batch while the current one is used."""
 
@@ -147,30 +168,50 @@ class CaptionBatches:
         self.store, self.size, self.vocabulary = store, size, vocabulary
         limit = vocabulary.max_length
         self.captions = [[vocabulary.encode(caption)[:limit] for caption in a.captions] for a in annotations]
+        self.image_ids = [a.image_id for a in annotations]
+        self._may_mirror = [survives_mirror(a.captions) for a in annotations]
 
     def __len__(self) -> int:
         return -(-len(self.captions) // self.size)
 
-    def _load(self, indices: list[int], world: World) -> Share:
+    def draw_views(self, seed: int, epoch: int) -> list[int] | None:
+        """What `epoch` wants as `views` in training; None where only one is cached."""
+        every = range(len(self.store.views))
+        if len(every) == 1:
+            return None
+        upright = [i for i in every if MIRROR not in self.store.views[i]]
+        choices = [every if mirrors else upright for mirrors in self._may_mirror]
+        pairs = zip(choices, self.image_ids, strict=True)
+        return [choice[epoch_view(len(choice), seed, epoch, image_id)] for choice, image_id in pairs]
+
+    def _load(self, indices: list[int], world: World, views: Sequence[int] | None) -> Share:
         mine = [indices[i] for i in world.part(len(indices))]
         num_tokens = sum(len(caption) + 1 for i in indices for caption in self.captions[i])  # + 1: eos
         if not mine:
             return Share(None, num_tokens)
         captions = [self.captions[i] for i in mine]
-        return Share(collate(self.store.gather(mine), captions, type(self.vocabulary)), num_tokens)
+        features = self.store.gather(mine, None if views is None else [views[i] for i in mine])
+        return Share(collate(features, captions, type(self.vocabulary)), num_tokens)
 
-    def epoch(self, order: Sequence[int] | None = None, first_batch: int = 0, world: World = ALONE) -> Iterator[Share]:
+    def epoch(
+        self,
+        order: Sequence[int] | None = None,
+        first_batch: int = 0,
+        world: World = ALONE,
+        views: Sequence[int] | None = None,
+    ) -> Iterator[Share]:
         """Yields this process's share of each batch of an epoch, from number `first_batch` on.
 
         Args:
             order: of the samples, the same for any number of processes; None: the annotations' own.
+            views: of each sample, as `draw_views` gives them; None: the plain ones.
         """
         order = range(len(self.captions)) if order is None else order
         parts = [list(order[i : i + self.size]) for i in range(first_batch * self.size, len(order), self.size)]
         with ThreadPoolExecutor(1) as pool:
             ahead: deque[Future[Share]] = deque()
             for part in parts:
-                ahead.append(pool.submit(self._load, part, world))
+                ahead.append(pool.submit(self._load, part, world, views))
                 if len(ahead) > 1:
                     yield ahead.popleft().result()
             while ahead:  # nothing at all where a run goes on at an epoch's very end

@@ -1,5 +1,8 @@
 """Cached encoder features: one HDF5 file a shard, float16, uncompressed and contiguous so that a loader can map it.
 
+They lie image by image, of each image view by view: a view of an image is one block of bytes, which a loader copies
+whole; an image's views lie together, as they were made, so a file is written from its beginning to its end.
+
 HDF5's own checksum needs chunks, which cannot be mapped; so the file carries a digest of all its bytes behind its end
 (`storage.seal`), and one of its content as an attribute, by which later stages know it.
 """
@@ -7,6 +10,8 @@ HDF5's own checksum needs chunks, which cannot be mapped; so the file carries a 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,46 +22,89 @@ import xxhash
 
 from captioning.errors import CapstanError
 from captioning.storage import atomic_write, check_seal, seal
+from captioning.views import PLAIN
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: views."""
 
 
-def write_features(target: Path, keys: list[str], features: np.ndarray, encoder: dict[str, Any], shard: str) -> None:
-    """Writes one shard's features, whole or not at all.
+class FeatureWriter:
+    """A shard's file while it grows, batch by batch, so that its features never lie in memory together."""
+
+    def __init__(self, file: h5py.File, num_images: int) -> None:
+        self.file, self.num_images = file, num_images
+        self.dataset: h5py.Dataset | None = None  # its shape comes with the first batch
+        self.keys: list[str] = []
+        self.digest = xxhash.xxh3_128()
+
+    def add(self, keys: Sequence[str], features: np.ndarray) -> None:
+        """The next images' keys and their (batch, num_views, num_regions, encoder_dim) float16."""
+        assert features.dtype == np.float16 and features.ndim == 4 and len(keys) == len(features)
+        if self.dataset is None:
+            self.dataset = self.file.create_dataset("features", (self.num_images, *features.shape[1:]), np.float16)
+        features = np.ascontiguousarray(features)
+        self.dataset[len(self.keys) : len(self.keys) + len(keys)] = features
+        self.digest.update(features.data)
+        self.keys += keys
+
+    def finish(self, views: Sequence[str], encoder: dict[str, Any], shard: str) -> None:
+        assert self.dataset is not None and self.dataset.shape[:2] == (len(self.keys), len(views))
+        self.file.create_dataset("keys", data=np.array(self.keys, dtype="S"))
+        about = {
+            "schema_version": SCHEMA_VERSION,
+            "encoder": json.dumps(encoder, sort_keys=True),
+            "shard_digest": shard,
+            "views": json.dumps(list(views)),
+        }
+        self.digest.update(json.dumps([self.keys, about, self.dataset.shape]).encode())
+        for name, value in {**about, "digest": self.digest.hexdigest()}.items():
+            self.file.attrs[name] = value
+
+
+@contextmanager
+def writing_features(
+    target: Path, num_images: int, views: Sequence[str], encoder: dict[str, Any], shard: str
+) -> Iterator[FeatureWriter]:
+    """Yields a writer to `add` batches to; the file appears at the end, whole or not at all.
 
     Args:
-        keys: the samples' keys, in the order of `features`.
-        features: (num_images, num_regions, encoder_dim) float16.
+        num_images: of all batches together.
         encoder: `Encoder.describe()`.
-        shard: digest of the shard that they were made from.
+        shard: digest of the shard that they are made from.
     """
     with atomic_write(target) as temporary:
-        _write(temporary, keys, features, encoder, shard)
+        with h5py.File(temporary, "w") as file:
+            writer = FeatureWriter(file, num_images)
+            yield writer
+            writer.finish(views, encoder, shard)
         seal(temporary)
 
 
-def _write(path: Path, keys: list[str], features: np.ndarray, encoder: dict[str, Any], shard: str) -> None:
-    with h5py.File(path, "w") as file:
-        file.create_dataset("features", data=features)
-        file.create_dataset("keys", data=np.array(keys, dtype="S"))
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        file.attrs["encoder"] = text = json.dumps(encoder, sort_keys=True)
-        file.attrs["shard_digest"] = shard
-        file.attrs["digest"] = _digest(features, keys, text, shard)
+def write_features(
+    target: Path,
+    keys: list[str],
+    features: np.ndarray,
+    encoder: dict[str, Any],
+    shard: str,
+    views: Sequence[str] = (PLAIN,),
+) -> None:
+    """Writes one shard's features at once. Arguments as above.
 
-
-def _digest(features: np.ndarray, keys: list[str], encoder: str, shard: str) -> str:
-    digest = xxhash.xxh3_128(json.dumps([keys, encoder, shard, features.shape, features.dtype.str]).encode())
-    digest.update(np.ascontiguousarray(features).data)
-    return digest.hexdigest()
+    Args:
+        features: (num_images, num_views, num_regions, encoder_dim) float16; of one view, the second may be missing.
+    """
+    with writing_features(target, len(keys), views, encoder, shard) as writer:
+        writer.add(keys, features[:, None] if features.ndim == 3 else features)
 
 
 @dataclass(frozen=True)
 class FeatureFile:
-    """A shard's features, mapped: `features` is a read-only (num_images, num_regions, encoder_dim) float16 memmap."""
+    """A shard's features, mapped: `features` is a read-only (num_images, num_views, num_regions, encoder_dim) float16
+    memmap."""
 
     keys: list[str]
     features: np.ndarray
+    views: list[str]
     encoder: dict[str, Any]
     shard_digest: str
     digest: str
@@ -80,13 +128,16 @@ def open_features(path: Path, verify: bool = False) -> FeatureFile:
             dataset = file["features"]
             offset, shape, dtype = dataset.id.get_offset(), dataset.shape, dataset.dtype
             keys = [key.decode() for key in file["keys"][:]]
+            views = [str(view) for view in json.loads(file.attrs["views"])]
             encoder, shard = json.loads(file.attrs["encoder"]), str(file.attrs["shard_digest"])
             digest = str(file.attrs["digest"])
-        if dtype != np.float16 or len(shape) != 3 or shape[0] != len(keys):
-            raise CapstanError(f"{path} is damaged: {dtype} features of shape {shape} for {len(keys)} keys")
+        if dtype != np.float16 or len(shape) != 4 or shape[:2] != (len(keys), len(views)):
+            raise CapstanError(
+                f"{path} is damaged: {dtype} features of shape {shape} for {len(keys)} keys and {len(views)} views"
+            )
         features = np.memmap(path, np.float16, "r", offset, shape) if shape[0] else np.empty(shape, np.float16)
     except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, CapstanError):
             raise
         raise CapstanError(f"{path} is damaged ({error}). Delete it and run `dvc repro` again.") from error
-    return FeatureFile(keys, features, encoder, shard, digest)
+    return FeatureFile(keys, features, views, encoder, shard, digest)

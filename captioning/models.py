@@ -16,17 +16,18 @@ from torch import Tensor
 
 from captioning import storage
 from captioning.decoders import Decoder, DecoderConfig, build_decoder
-from captioning.encoders import Encoder, build_encoder
+from captioning.encoders import Encoder, rebuild_encoder
 from captioning.errors import CapstanError
 from captioning.tensor_files import parse_tensors
 from captioning.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: encoders by stages."""
 
 
 @dataclass
 class Captioner:
-    """A trained encoder-decoder pair, in evaluation mode. `encoder` is None where only features are decoded."""
+    """A trained encoder-decoder pair, in evaluation mode. `encoder` is None where only cached features are decoded."""
 
     decoder: Decoder
     vocabulary: Vocabulary
@@ -38,6 +39,17 @@ class Captioner:
         height, width = self.config["encoder"]["grid"]
         return height, width
 
+    @property
+    def num_extra(self) -> int:
+        """Regions before the grid's: 1 with a class token."""
+        return int(self.config["encoder"]["class_token"])
+
+    @property
+    def live_precision(self) -> str | None:
+        """Of the encoder, where it was trained in live mode: then cached features are not its own."""
+        precision: str | None = self.config["live_precision"]
+        return precision
+
 
 def save_captioner(
     folder: Path,
@@ -46,13 +58,15 @@ def save_captioner(
     config: DecoderConfig,
     vocabulary: Vocabulary,
     training: dict[str, Any],
+    live_precision: str | None = None,
 ) -> None:
-    """Commits the complete model directory; `training` becomes `training.json`."""
+    """Commits the complete model directory; `training` becomes `training.json`. `live_precision`: see `Captioner`."""
     from safetensors.torch import save
 
     weights = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     weights |= {f"decoder.{name}": tensor for name, tensor in decoder_state.items()}
     described = {"schema_version": SCHEMA_VERSION, "encoder": encoder.describe(), "decoder": asdict(config)}
+    described["live_precision"] = live_precision
     with storage.commit(folder, {"schema_version": SCHEMA_VERSION}) as files:
         files.write("model.safetensors", save({name: t.cpu().contiguous().clone() for name, t in weights.items()}))
         for name, content in (("config", described), ("vocabulary", vocabulary.to_dict()), ("training", training)):
@@ -61,6 +75,9 @@ def save_captioner(
 
 def load_captioner(folder: Path, with_encoder: bool = False) -> Captioner:
     """Loads a model directory on CPU; every byte is compared with the directory's manifest.
+
+    Args:
+        with_encoder: always; else where it was trained in live mode.
 
     Raises:
         CapstanError: a file is missing, damaged, or does not fit the others; names it.
@@ -78,8 +95,8 @@ def load_captioner(folder: Path, with_encoder: bool = False) -> Captioner:
     decoder = build_decoder(DecoderConfig(**config["decoder"]))
     _load_weights(decoder, weights, "decoder.", folder)
     encoder = None
-    if with_encoder:
-        encoder = build_encoder(config["encoder"]["name"], "random")
+    if with_encoder or config["live_precision"]:
+        encoder = rebuild_encoder(config["encoder"])
         _load_weights(encoder, weights, "encoder.", folder)
         encoder.weights_digest = config["encoder"]["weights_digest"]
     return Captioner(decoder.eval(), Vocabulary.from_dict(words, folder / "vocabulary.json"), config, encoder)

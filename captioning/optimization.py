@@ -23,14 +23,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(first % 2**63)
 
 
+Named = Sequence[tuple[str, Tensor]]
+
+
 def build_adamw(
-    named: Sequence[tuple[str, Tensor]], learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    parts: Sequence[tuple[Named, float]], weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only (biases, norms and embeddings are left alone)."""
-    decayed = [tensor for name, tensor in named if tensor.ndim > 1 and "embedding" not in name]
-    plain = [tensor for name, tensor in named if tensor.ndim <= 1 or "embedding" in name]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True)
+    """AdamW over parts of a model, each with its learning rate; weight decay on matrices only (biases, norms and
+    embeddings are left alone)."""
+    groups: list[dict[str, Any]] = []
+    for named, learning_rate in parts:
+        decayed = [tensor for name, tensor in named if tensor.ndim > 1 and "embedding" not in name]
+        plain = [tensor for name, tensor in named if tensor.ndim <= 1 or "embedding" in name]
+        groups.append({"params": decayed, "lr": learning_rate, "weight_decay": weight_decay})
+        groups.append({"params": plain, "lr": learning_rate, "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, fused=True)
 
 
 class Stepper:
@@ -56,7 +63,8 @@ class Stepper:
             whether any rank was asked to end, which all ranks learn at the same step.
         """
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * factor
+            # Frozen parameters keep their place, and nothing moves them, weight decay neither.
+            group["lr"] = rate * factor if group["params"][0].requires_grad else 0.0
         self.optimizer.zero_grad(set_to_none=True)
         if loss is not None:
             self.scaler.scale(loss).backward()

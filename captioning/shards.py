@@ -148,17 +148,28 @@ def verify_shards(folder: Path, names: Iterable[str]) -> None:
         CapstanError: a shard or the ledger is missing.
         DamagedError: one has other bytes than were written. It is set aside, so that the next `dvc repro` restores it.
     """
-    ledger = folder / paths.LEDGER.name
-    try:
-        digests = json.loads(read_ledger_metadata(ledger).get(TARS, "{}"))
-    except DamagedError:
-        raise _refuse(ledger) from None
+    digests = _recorded_digests(folder)
     for name in sorted(set(names)):
         path = folder / f"{name}.tar"
         if not path.exists():
             raise CapstanError(f"{path} is missing: run `dvc repro download`, or `dvc pull {folder}`")
         if storage.digest_file(path) != digests.get(name):
             raise _refuse(path)
+
+
+def shard_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The digests that the ledger gives for these shards. Raises as `verify_shards` does for the ledger."""
+    digests = _recorded_digests(folder)
+    return {name: digests[name] for name in names}
+
+
+def _recorded_digests(folder: Path) -> dict[str, str]:
+    ledger = folder / paths.LEDGER.name
+    try:
+        digests: dict[str, str] = json.loads(read_ledger_metadata(ledger).get(TARS, "{}"))
+    except DamagedError:
+        raise _refuse(ledger) from None
+    return digests
 
 
 def _refuse(path: Path) -> DamagedError:

@@ -10,9 +10,11 @@ import json
 import mmap
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 MARK = "__tensor__"
@@ -122,3 +124,13 @@ def parse_tensors(content: bytes) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     return load(content)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """xxh3-128 of named tensors on a CPU: names, dtypes, shapes, and bytes, in the order of names."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from captioning import monitoring
 from captioning.datasets import CaptionBatches, Share, epoch_order
@@ -18,12 +17,15 @@ from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
 from captioning.evaluation import GreedyCider, evaluate_loss
 from captioning.loop import Journal, Outcome
-from captioning.optimization import Stepper, build_adamw, seed_step
+from captioning.losses import cross_entropy
+from captioning.optimization import Named, Stepper, build_adamw, seed_step
 from captioning.params import TrainParams
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.schedules import cosine_with_warmup
 
 BETAS = (0.9, 0.999)
+ENCODER = "encoder."
+"""Begins the names of an encoder's parameters in live mode."""
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -66,21 +68,25 @@ class DecoderTask:
         learning_rate: float,
         journal: Journal,
         world: World = ALONE,
+        encoder_parts: Sequence[tuple[Named, float]] = (),
     ) -> None:
+        """`encoder_parts`: in live mode, the encoder's named parameters that learn, with their learning rates."""
         self.device = choose_device()
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
         self.settings, self.journal, self.world = settings, journal, world
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, len(train)
-        optimizer = build_adamw(list(decoder.named_parameters()), learning_rate, settings.weight_decay, BETAS)
+        own = [(name, p) for name, p in decoder.named_parameters() if not name.startswith(ENCODER)]
+        optimizer = build_adamw([(own, learning_rate), *encoder_parts], settings.weight_decay, BETAS)
         self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
 
     def batches(self, epoch: int, first: int) -> Iterator[Share]:
+        self.decoder.begin_epoch(epoch)
         order = epoch_order(len(self.train.captions), self.settings.seed, epoch)
-        return self.train.epoch(order, first, self.world)
+        return self.train.epoch(order, first, self.world, self.train.draw_views(self.settings.seed, epoch))
 
     def train_step(self, share: Share, step: int, stop: bool) -> Outcome:
         """The loss is the whole batch's mean a token, label smoothing included, whatever the number of processes."""
@@ -102,9 +108,7 @@ class DecoderTask:
         batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
             logits = self.decoder(batch)
-        total = functional.cross_entropy(
-            logits.float(), batch.packed_targets, label_smoothing=self.settings.label_smoothing, reduction="sum"
-        )  # Szegedy et al. 2016, section 7
+        total = cross_entropy(logits.float(), batch.packed_targets, self.settings.label_smoothing)
         return total / share.num_tokens
 
     def evaluate(self) -> tuple[float, float]:

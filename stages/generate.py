@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 from captioning import monitoring, paths, stage, storage, tracked, work
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from captioning.beam_search import Hypothesis
     from captioning.datasets import FeatureStore
+    from captioning.decoders import Decoder
     from captioning.distributed import World
     from captioning.models import Captioner
     from captioning.params import GenerateParams
@@ -25,11 +29,16 @@ Row = dict[str, Any]
 
 
 def generate(
-    model: Path, images: Path, features: Path, settings: GenerateParams, captions_out: Path, attention_out: Path
+    model: Path,
+    images: Path,
+    features: Path,
+    shards: Path,
+    settings: GenerateParams,
+    captions_out: Path,
+    attention_out: Path,
 ) -> None:
     """Writes COCO results, sorted by image id, and the attention maps of the same captions."""
     from captioning.annotations import load_images
-    from captioning.datasets import FeatureStore
     from captioning.distributed import join_world
     from captioning.models import load_captioner
     from captioning.precision import describe_arithmetic
@@ -37,22 +46,34 @@ def generate(
     with tracked.read_verified(model):
         captioner = load_captioner(model)
     test = sorted((image for image in load_images(images) if image.split == "test"), key=lambda image: image.image_id)
-    with tracked.read_verified(features):
-        store = FeatureStore(features, test, verify=True)
+    store, decoder = _open_store(captioner, test, features, shards)
     described = [
         settings.model_dump(),
         storage.read_manifest(model)["digest"],
         store.digests,
-        describe_arithmetic("fp32"),
+        describe_arithmetic(captioner.live_precision or "fp32"),
     ]
     name = work.fingerprint("generate", described, [images], ["torch", "numpy"])
     with join_world() as world, work.open_work("generate", name, settings.model_dump(), world) as found:
         ids = [image.image_id for image in test]
-        _fill_parts(captioner, store, ids, settings, found.folder / "parts", f"generate {model.name}", world)
+        _fill_parts(decoder, store, ids, settings, found.folder / "parts", f"generate {model.name}", world)
         world.wait()
         if world.is_main:
             _publish(_gather(ids, settings.batch_size, found.folder / "parts"), captioner, captions_out, attention_out)
             found.published()
+
+
+def _open_store(captioner: Captioner, test: list[Any], features: Path, shards: Path) -> tuple[Any, Decoder]:
+    """Where the captioner sees the images, and what captions them: pixels, if its encoder was trained with it."""
+    from captioning.datasets import FeatureStore
+    from captioning.live import ImageStore, LiveCaptioner
+    from captioning.precision import choose_device, choose_precision
+
+    if captioner.encoder is None or captioner.live_precision is None:
+        with tracked.read_verified(features):
+            return FeatureStore(features, test, verify=True), captioner.decoder
+    dtype = choose_precision(captioner.live_precision, choose_device())
+    return ImageStore(shards, test, captioner.encoder), LiveCaptioner(captioner.encoder, captioner.decoder, dtype)
 
 
 def _parts(image_ids: list[str], batch_size: int, folder: Path) -> list[tuple[Path, list[str]]]:
@@ -78,7 +99,7 @@ def _gather(image_ids: list[str], batch_size: int, folder: Path) -> list[Row]:
 
 
 def _fill_parts(
-    captioner: Captioner,
+    decoder: Decoder,
     store: FeatureStore,
     image_ids: list[str],
     settings: GenerateParams,
@@ -97,7 +118,7 @@ def _fill_parts(
     if world.is_main and len(missing) < len(parts):
         print(f"resumed: {len(parts) - len(missing)} of {len(parts)} parts verified, {len(missing)} left", flush=True)
     device = choose_device()
-    decoder = captioner.decoder.to(device)
+    decoder = decoder.to(device)
     options: dict[str, Any] = settings.model_dump(exclude={"num_processes"})
     mine = [missing[number] for number in world.part(len(missing))]
     title += f" (1 of {world.num_processes} processes)" if world.num_processes > 1 else ""
@@ -119,22 +140,25 @@ def _to_row(image_id: str, hypothesis: Hypothesis) -> Row:
     return {"image_id": image_id, "token_ids": hypothesis.token_ids, "attention": packed}
 
 
-def _publish(rows: list[Row], captioner: Captioner, captions_out: Path, attention_out: Path) -> None:
+def _to_map(row: Row, captioner: Captioner) -> NDArray[np.float16]:
+    """(num_words, height × width): what a class token got is shared out among the grid's regions."""
     import numpy as np
 
+    height, width = captioner.grid
+    stored = np.frombuffer(base64.b64decode(row["attention"]), np.float16)
+    weights = stored.reshape(len(row["token_ids"]), height * width + captioner.num_extra)
+    if not captioner.num_extra:
+        return weights
+    weights = weights[:, captioner.num_extra :].astype(np.float32)
+    total = weights.sum(1, keepdims=True)
+    return np.where(total > 0, weights / np.maximum(total, 1e-6), 1 / (height * width)).astype(np.float16)
+
+
+def _publish(rows: list[Row], captioner: Captioner, captions_out: Path, attention_out: Path) -> None:
     from captioning.attention_maps import write_attention_maps
 
     words, decode = captioner.vocabulary.words, captioner.vocabulary.decode
-    maps = (
-        (
-            row["image_id"],
-            [words[i] for i in row["token_ids"]],
-            np.frombuffer(base64.b64decode(row["attention"]), np.float16).reshape(len(row["token_ids"]), -1)
-            if row["token_ids"]
-            else np.zeros((0, captioner.grid[0] * captioner.grid[1]), np.float16),
-        )
-        for row in rows
-    )
+    maps = ((row["image_id"], [words[i] for i in row["token_ids"]], _to_map(row, captioner)) for row in rows)
     write_attention_maps(attention_out, captioner.grid, maps)
     storage.write_json(captions_out, [{"image_id": r["image_id"], "caption": decode(r["token_ids"])} for r in rows])
 
@@ -154,7 +178,15 @@ def main() -> None:
     if stage.run_processes(params.generate.num_processes, params.recovery.max_restarts):
         return
     with stage.running(params):
-        generate(model, images, features, params.generate, paths.captions(captioner), paths.attention(captioner))
+        generate(
+            model,
+            images,
+            features,
+            shards=paths.SHARDS,
+            settings=params.generate,
+            captions_out=paths.captions(captioner),
+            attention_out=paths.attention(captioner),
+        )
 
 
 if __name__ == "__main__":

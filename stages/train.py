@@ -1,4 +1,4 @@
-"""Trains a decoder on an encoder's cached features and keeps the epoch with the best validation CIDEr-D.
+"""Trains a decoder, on cached features or with its encoder, and keeps the best epoch by validation CIDEr-D.
 
     python -m stages.train efficientnet_lite0 lstm
 
@@ -8,17 +8,21 @@ A killed run goes on at its newest good checkpoint in .work/train/ and ends with
 from __future__ import annotations
 
 import argparse
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import monitoring, paths, stage, storage, tracked, work
-from captioning.errors import CapstanError
+from captioning import paths, stage, storage, tracked, work
 
 if TYPE_CHECKING:
+    from captioning.datasets import CaptionBatches
+    from captioning.decoders import Decoder
     from captioning.distributed import World
-    from captioning.params import DecoderSettings, RecoveryParams, TrainParams
+    from captioning.encoders import Encoder
+    from captioning.live import LiveBatches
+    from captioning.params import DecoderSettings, EncoderSettings, RecoveryParams, TrainParams
     from captioning.training import DecoderTask
+    from captioning.training_log import TrainingLog
+    from captioning.vocabulary import Vocabulary
 
 PACKAGES = ("torch", "numpy", "h5py", "safetensors")
 
@@ -26,12 +30,13 @@ PACKAGES = ("torch", "numpy", "h5py", "safetensors")
 def train(
     encoder_name: str,
     decoder_name: str,
-    weights: str,
+    encoder_settings: EncoderSettings,
     decoder_settings: DecoderSettings,
     settings: TrainParams,
     recovery: RecoveryParams,
     prepared: Path,
     features: Path,
+    shards: Path,
     live_dir: Path,
     out: Path,
 ) -> None:
@@ -39,48 +44,100 @@ def train(
     from captioning import models, training
     from captioning.decoders import DecoderConfig, build_decoder, check_decoder
     from captioning.distributed import join_world
-    from captioning.encoders import build_encoder
+    from captioning.training_log import TrainingLog
     from captioning.vocabulary import Vocabulary
 
     check_decoder(decoder_settings.type)
     vocabulary = Vocabulary.load(prepared / "vocabulary.json")
-    encoder = build_encoder(encoder_name, weights)
+    encoder = _load_encoder(encoder_name, encoder_settings, settings, features)
     architecture = decoder_settings.model_dump(exclude={"learning_rate"})
     config = DecoderConfig(vocabulary_size=len(vocabulary), encoder_dim=encoder.encoder_dim, **architecture)
     resolved = {"train": settings.model_dump(), "decoder": decoder_settings.model_dump()}
+    if settings.encoder_mode == "live":
+        resolved["encoder"] = encoder_settings.model_dump()
     with join_world() as world:
         training.seed_everything(settings.seed, settings.deterministic)
-        with tracked.read_verified(features):
-            data = _load_data(prepared, features, vocabulary, settings.batch_size)
+        folder = shards if settings.encoder_mode == "live" else features
+        with tracked.read_verified(folder):
+            data = _load_data(prepared, folder, encoder, vocabulary, settings)
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
-        with work.open_work("train", name, resolved, world) as found, _live(live_dir, world) as log:
-            task, num_skipped = _train(
-                build_decoder(config), data, decoder_settings, settings, recovery, found, log, world
-            )
+        with work.open_work("train", name, resolved, world) as found, TrainingLog(live_dir, world) as log:
+            model, parts = _assemble(encoder, build_decoder(config), encoder_settings, settings)
+            task, num_skipped = _train(model, data, decoder_settings, settings, recovery, found, log, world, parts)
             if world.is_main:
                 record = _record(encoder_name, decoder_name, resolved, task, num_skipped, world)
-                models.save_captioner(found.folder / "model", encoder, task.best.state, config, vocabulary, record)
+                state = _split_best(task.best.state, encoder, settings, encoder_settings)
+                live = settings.precision if settings.encoder_mode == "live" else None
+                models.save_captioner(found.folder / "model", encoder, state, config, vocabulary, record, live)
                 log.mend(task.journal.lines)
                 storage.publish(found.folder / "model", out)
                 found.published()
 
 
+def _load_encoder(name: str, encoder_settings: EncoderSettings, settings: TrainParams, features: Path) -> Encoder:
+    """The encoder that the features were made with."""
+    from captioning.encoders import build_encoder
+    from captioning.feature_files import open_features
+
+    with tracked.read_verified(features):
+        made_with = open_features(min(features.glob("*.h5"))).encoder
+    grid = made_with["grid"] if made_with["pooled_from"] else None
+    encoder = build_encoder(name, encoder_settings.weights, grid, made_with["class_token"])
+    encoder.choose_stages(encoder_settings.trainable)  # a wrong name ends the stage before it reads data
+    encoder.checkpointed = settings.gradient_checkpointing
+    return encoder
+
+
+def _assemble(
+    encoder: Encoder, decoder: Decoder, encoder_settings: EncoderSettings, settings: TrainParams
+) -> tuple[Decoder, list[Any]]:
+    """What is trained, and the encoder's parts for the optimizer."""
+    if settings.encoder_mode == "cached":
+        return decoder, []
+    from captioning.live import LiveCaptioner
+    from captioning.precision import choose_device, choose_precision
+
+    dtype = choose_precision(settings.precision, choose_device())
+    stages = encoder.choose_stages(encoder_settings.trainable)
+    model = LiveCaptioner(encoder, decoder, dtype, stages, encoder_settings.unfreeze_every_epochs)
+    return model, [(named, encoder_settings.learning_rate) for named in model.trainable().values()]
+
+
+def _split_best(
+    state: dict[str, Any], encoder: Encoder, settings: TrainParams, encoder_settings: EncoderSettings
+) -> dict[str, Any]:
+    """The decoder's part of the best epoch; in live mode the encoder takes its own."""
+    from captioning import tensor_files
+
+    if settings.encoder_mode == "cached":
+        return state
+    parts: dict[str, dict[str, Any]] = {"encoder": {}, "decoder": {}}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    encoder.load_state_dict(parts["encoder"])
+    if encoder_settings.trainable != "none":
+        encoder.weights_digest = tensor_files.digest_tensors(parts["encoder"])
+    return parts["decoder"]
+
+
 def _train(
-    decoder: Any,
+    model: Decoder,
     data: tuple[Any, Any, Any],
     decoder_settings: DecoderSettings,
     settings: TrainParams,
     recovery: RecoveryParams,
     found: work.Work,
-    log: _live,
+    log: TrainingLog,
     world: World,
+    encoder_parts: list[Any],
 ) -> tuple[DecoderTask, int]:
     from captioning.checkpoints import Checkpointer
     from captioning.loop import Journal, Loop
     from captioning.training import DecoderTask
 
     journal = Journal(log)
-    task = DecoderTask(decoder, *data, settings, decoder_settings.learning_rate, journal, world)
+    task = DecoderTask(model, *data, settings, decoder_settings.learning_rate, journal, world, encoder_parts)
     keeper = Checkpointer(found.folder / "checkpoints", found.name, recovery, found.lock) if world.is_main else None
     loop = Loop(task, journal, settings.max_skipped_steps, keeper, world)
     loop.run()
@@ -99,80 +156,47 @@ def _fingerprint(resolved: Any, config: Any, encoder: Any, batches: Any, prepare
     return work.fingerprint("train", settings, inputs, PACKAGES)
 
 
-def _load_data(prepared: Path, features: Path, vocabulary: Any, batch_size: int) -> tuple[Any, Any, Any]:
+def _load_data(
+    prepared: Path, folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
+) -> tuple[Any, Any, Any]:
+    """Batches of train and val, and the validation's metric; `folder` holds features, or shards in live mode."""
     from captioning.annotations import load_annotations
-    from captioning.datasets import CaptionBatches, FeatureStore
     from captioning.evaluation import GreedyCider
 
-    batches = {}
-    for split in ("train", "val"):
-        annotations = load_annotations(prepared / f"{split}.json")
-        batches[split] = CaptionBatches(
-            FeatureStore(features, annotations, verify=True), annotations, vocabulary, batch_size
+    annotations = {split: load_annotations(prepared / f"{split}.json") for split in ("train", "val")}
+    load = _load_live if settings.encoder_mode == "live" else _load_cached
+    batches = load(annotations, folder, encoder, vocabulary, settings)
+    references = [annotation.captions for annotation in annotations["val"]]
+    cider = GreedyCider(batches["val"].store, references, vocabulary, 4 * settings.batch_size)
+    return batches["train"], batches["val"], cider
+
+
+def _load_cached(
+    annotations: dict[str, Any], folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
+) -> dict[str, CaptionBatches]:
+    from captioning.datasets import CaptionBatches, FeatureStore
+
+    return {
+        split: CaptionBatches(FeatureStore(folder, found, verify=True), found, vocabulary, settings.batch_size)
+        for split, found in annotations.items()
+    }
+
+
+def _load_live(
+    annotations: dict[str, Any], folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
+) -> dict[str, LiveBatches]:
+    from captioning.augmentation import Augmenter
+    from captioning.live import ImageStore, LiveBatches
+
+    num_steps = settings.num_epochs * -(-len(annotations["train"]) // settings.batch_size)
+    augmenter = Augmenter(settings.augmentation, settings.seed, num_steps) if settings.augmentation else None
+    augmenters = {"train": augmenter, "val": None}
+    return {
+        split: LiveBatches(
+            ImageStore(folder, found, encoder, augmenters[split]), found, vocabulary, settings.batch_size
         )
-    references = [annotation.captions for annotation in annotations]
-    return batches["train"], batches["val"], GreedyCider(batches["val"].store, references, vocabulary, 4 * batch_size)
-
-
-class _live:
-    """DVCLive in `live_dir`, as a log function of the main process; it never touches dvc.yaml.
-
-    What cannot be written (a full disk) must not end the run: it is all in the journal, and `mend` writes it again.
-    """
-
-    def __init__(self, live_dir: Path, world: World) -> None:
-        self.live_dir, self.is_main = live_dir, world.is_main
-        self.live: Any = None
-        self.torn = not self._begin()
-
-    def _begin(self) -> bool:
-        import os
-
-        if not self.is_main:
-            return True
-        from dvclive import Live
-
-        os.environ.setdefault("DVCLIVE_LOGLEVEL", "ERROR")
-        try:
-            storage.remove(self.live_dir)  # a resumed run logs all again, from its checkpoint
-            self.live = Live(dir=str(self.live_dir), dvcyaml=None, report=None, save_dvc_exp=False)
-        except OSError:
-            return False
-        return True
-
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        if self.live is None:
-            return
-        try:
-            self.live.step = step
-            for name, value in metrics.items():
-                self.live.log_metric(name, value)
-            self.live.make_summary()
-        except OSError as error:
-            self.torn = True
-            monitoring.alert("curves", f"training curves are not written ({error.strerror}); they are when it ends")
-
-    def mend(self, lines: list[str]) -> None:
-        """Writes everything again from the journal, where something could not be written."""
-        import json
-
-        if not self.torn:
-            return
-        self.torn = not self._begin()
-        for entry in map(json.loads, lines):
-            self(entry["step"], entry["metrics"])
-        if self.torn:
-            raise CapstanError(
-                f"{self.live_dir} cannot be written. Make room and run `dvc repro` again; nothing is lost."
-            )
-
-    def __enter__(self) -> _live:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.live is not None:
-            with suppress(OSError):
-                self.live.end()
+        for split, found in annotations.items()
+    }
 
 
 def _record(
@@ -215,18 +239,21 @@ def main() -> None:
         tracked.require(paths.split_annotations(split), "prepare")
     tracked.require(paths.VOCABULARY, "prepare")
     features = paths.require(paths.features(args.encoder), f"features@{args.encoder}")
+    if params.train.encoder_mode == "live":
+        paths.require(paths.LEDGER, "download")
     if stage.run_processes(params.train.num_processes, params.recovery.max_restarts, several_hosts=True):
         return
     with stage.running(params):
         train(
             args.encoder,
             args.decoder,
-            weights=params.encoder_settings[args.encoder].weights,
+            encoder_settings=params.encoder_settings[args.encoder],
             decoder_settings=params.decoder_settings[args.decoder],
             settings=params.train,
             recovery=params.recovery,
             prepared=paths.PREPARED,
             features=features,
+            shards=paths.SHARDS,
             live_dir=paths.training(captioner),
             out=paths.model(captioner),
         )

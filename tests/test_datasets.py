@@ -8,20 +8,23 @@ from conftest import random_captions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captioning import feature_files
 from captioning.annotations import Annotation
 from captioning.datasets import CaptionBatches, FeatureStore, collate, epoch_order
 from captioning.distributed import World
 from captioning.errors import CapstanError
-from captioning.feature_files import open_features, write_features
+from captioning.feature_files import open_features, write_features, writing_features
 from captioning.vocabulary import Vocabulary
 
 ENCODER = {"name": "test", "grid": [2, 2]}
 
 
-def write_shard(folder, shard: str, num_images: int, first: int = 0) -> np.ndarray:
-    values = np.random.default_rng(first).normal(size=(num_images, 4, 6)).astype(np.float16)
+def write_shard(folder, shard: str, num_images: int, first: int = 0, views=("plain",)) -> np.ndarray:
+    """Returns (num_images, 4, 6), or with several views (num_images, num_views, 4, 6)."""
+    shape = (num_images, len(views), 4, 6) if len(views) > 1 else (num_images, 4, 6)
+    values = np.random.default_rng(first).normal(size=shape).astype(np.float16)
     keys = [f"{first + i:08d}" for i in range(num_images)]
-    write_features(folder / f"{shard}.h5", keys, values, ENCODER, "digest")
+    write_features(folder / f"{shard}.h5", keys, values, ENCODER, "digest", views)
     return values
 
 
@@ -84,6 +87,71 @@ def test_epochs_can_start_in_the_middle(tmp_path) -> None:
     assert max(len(words) for group in batches.captions for words in group) == 3  # cut to max_length
 
 
+VIEWS = ("plain", "mirror", "center")
+
+
+def test_store_gathers_views(tmp_path) -> None:
+    first, second = (write_shard(tmp_path, f"{n:05d}", 3, 10 * n, VIEWS) for n in range(2))
+    images = [annotation(11, "00001"), annotation(0, "00000"), annotation(2, "00000")]
+    store = FeatureStore(tmp_path, images, verify=True)
+    assert store.views == list(VIEWS)
+    assert np.array_equal(store.gather([2, 0, 1]).numpy(), np.stack([first[2, 0], second[1, 0], first[0, 0]]))
+    assert np.array_equal(
+        store.gather([2, 0, 2], [1, 2, 0]).numpy(), np.stack([first[2, 1], second[1, 2], first[2, 0]])
+    )
+    write_shard(tmp_path, "00001", 3, 10)
+    with pytest.raises(CapstanError, match="00001.h5 has other views"):
+        FeatureStore(tmp_path, images)
+
+
+def view_batches(folder, num_images: int, batch_size: int) -> CaptionBatches:
+    images = [annotation(i, "00000") for i in range(num_images)]
+    return CaptionBatches(FeatureStore(folder, images), images, Vocabulary.build(["a b c"], 1, 3), batch_size)
+
+
+def views_seen(values: np.ndarray, shares: list) -> dict[int, int]:
+    """Which view of each image the batches held."""
+    blocks = [block for share in shares if share.batch for block in share.batch.features.numpy()]
+    places = [np.argwhere((values == block).all((2, 3))) for block in blocks]
+    return {int(place[0][0]): int(place[0][1]) for place in places}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_an_images_view_depends_on_seed_epoch_and_image_alone(tmp_path, num_processes: int) -> None:
+    values = write_shard(tmp_path, "00000", 40, views=VIEWS)
+    expected = {}
+    for epoch in range(6):
+        batches = view_batches(tmp_path, 40, 40)
+        expected[epoch] = dict(enumerate(batches.draw_views(5, epoch)))
+        assert views_seen(values, list(batches.epoch(views=batches.draw_views(5, epoch)))) == expected[epoch]
+    for epoch in range(6):  # smaller batches, another order, several processes, from the middle
+        batches, order = view_batches(tmp_path, 40, 7), epoch_order(40, 5, epoch)
+        for first in (0, 3):
+            found: dict[int, int] = {}
+            for rank in range(num_processes):
+                world = World(rank, num_processes)
+                found |= views_seen(values, list(batches.epoch(order, first, world, batches.draw_views(5, epoch))))
+            assert found == {i: expected[epoch][i] for i in order[first * 7 :]}
+    fewer = view_batches(tmp_path, 9, 4).draw_views(5, 2)  # other images change nothing
+    assert fewer == [expected[2][i] for i in range(9)]
+
+
+def test_every_view_is_drawn_as_often_and_anew_each_epoch(tmp_path) -> None:
+    write_shard(tmp_path, "00000", 200, views=VIEWS)
+    batches = view_batches(tmp_path, 200, 8)
+    drawn = np.array([batches.draw_views(0, epoch) for epoch in range(30)])  # (epochs, images)
+    assert np.abs(np.bincount(drawn.ravel(), minlength=3) / drawn.size - 1 / 3).max() < 0.03
+    assert len({tuple(row) for row in drawn}) == 30 and all(len(set(image)) == 3 for image in drawn.T)
+    assert batches.draw_views(1, 0) != batches.draw_views(0, 0)
+
+
+def test_one_view_draws_nothing_and_validation_sees_the_plain_one(tmp_path) -> None:
+    write_shard(tmp_path, "00000", 4)
+    assert view_batches(tmp_path, 4, 4).draw_views(0, 0) is None
+    values = write_shard(tmp_path, "00000", 4, views=VIEWS)
+    assert set(views_seen(values, list(view_batches(tmp_path, 4, 4).epoch())).values()) == {0}
+
+
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
 def test_processes_share_every_batch_and_know_its_size(tmp_path, num_processes) -> None:
     """Each image goes to one rank; all know the whole batch's tokens; a rank may have nothing of the last batch."""
@@ -139,3 +207,29 @@ def test_feature_files_are_the_same_bytes_each_time(tmp_path) -> None:
     write_shard(tmp_path, "a", 3)
     write_shard(tmp_path, "b", 3)
     assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+
+
+def test_features_written_batch_by_batch_are_the_same_bytes(tmp_path) -> None:
+    values = write_shard(tmp_path, "whole", 7, views=VIEWS)
+    keys = open_features(tmp_path / "whole.h5").keys
+    with writing_features(tmp_path / "parts.h5", 7, VIEWS, ENCODER, "digest") as writer:
+        for part in (slice(0, 1), slice(1, 6), slice(6, 7)):
+            writer.add(keys[part], values[part])
+    assert (tmp_path / "parts.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    mapped = open_features(tmp_path / "parts.h5", verify=True).features
+    assert np.array_equal(mapped, values) and mapped[3, 1].flags.c_contiguous
+
+
+def test_a_file_that_is_not_finished_does_not_appear(tmp_path) -> None:
+    with pytest.raises(RuntimeError), writing_features(tmp_path / "0.h5", 2, ["plain"], ENCODER, "digest") as writer:
+        writer.add(["0"], np.zeros((1, 1, 4, 6), np.float16))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_features_of_an_older_schema_are_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(feature_files, "SCHEMA_VERSION", 1)
+    write_shard(tmp_path, "00000", 2)
+    monkeypatch.undo()
+    with pytest.raises(CapstanError, match="00000.h5 has another schema; run `dvc repro`"):
+        open_features(tmp_path / "00000.h5", verify=True)

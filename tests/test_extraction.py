@@ -16,6 +16,7 @@ from captioning.extraction import encode_on_cpu, extract_features, read_batches
 from captioning.feature_files import open_features
 from captioning.images import decode_image
 from captioning.shards import ShardWriter, iterate_shard
+from captioning.views import VIEWS
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,10 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @torch.inference_mode()
-def expected_features(encoder: Encoder, shard: Path) -> tuple[list[str], np.ndarray]:
+def expected_features(encoder: Encoder, shard: Path, view: str = "plain") -> tuple[list[str], np.ndarray]:
     """One image at a time, by the encoder itself."""
-    found = [(key, encoder.transform.resize(decode_image(data))) for key, data, _ in iterate_shard(shard)]
+    seen = [(key, VIEWS[view](decode_image(data))) for key, data, _ in iterate_shard(shard)]
+    found = [(key, encoder.transform.resize(image)) for key, image in seen]
     features = [encoder(torch.from_numpy(pixels.copy())[None])[0].half().numpy() for _, pixels in found]
     return [key for key, _ in found], np.stack(features)
 
@@ -53,7 +55,8 @@ def test_files_hold_each_shards_features_in_its_order(encoder: Encoder, shards: 
         keys, features = expected_features(encoder, shard)
         found = open_features(tmp_path / f"{shard.stem}.h5", verify=True)
         assert found.keys == keys and found.encoder == encoder.describe()
-        np.testing.assert_allclose(found.features, features, rtol=2e-3, atol=2e-3)
+        assert found.views == ["plain"] and found.features.shape[1] == 1
+        np.testing.assert_allclose(found.features[:, 0], features, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -73,7 +76,7 @@ def test_without_onednn_the_encoder_itself_runs(
     found = list(encode_on_cpu(encoder, shards[1:], 2, torch.float32))
     assert [(index, len(keys)) for index, keys, _ in found] == [(0, 2), (0, 1)]
     _, expected = expected_features(encoder, shards[1])
-    np.testing.assert_allclose(np.concatenate([f for _, _, f in found]), expected, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(np.concatenate([f[:, 0] for _, _, f in found]), expected, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -83,7 +86,7 @@ def test_worker_processes_keep_the_order(encoder: Encoder, shards: list[Path], n
     for number, shard in enumerate(shards):
         keys, features = expected_features(encoder, shard)
         assert [key for index, part, _ in found if index == number for key in part] == keys
-        mine = np.concatenate([part for index, _, part in found if index == number])
+        mine = np.concatenate([part[:, 0] for index, _, part in found if index == number])
         np.testing.assert_allclose(mine, features, rtol=2e-3, atol=2e-3)
 
 
@@ -128,7 +131,7 @@ def test_features_beyond_float16_are_refused(encoder: Encoder, tmp_path: Path, m
             extract(encoder, [shard], tmp_path)
     monkeypatch.setattr(extraction, "fuse_encoder", lambda *_: lambda pixels: torch.tensor([[[-65504.0, 65504.0]]]))
     extract(encoder, [shard], tmp_path)
-    assert open_features(tmp_path / "00000.h5").features.tolist() == [[[-65504.0, 65504.0]]]
+    assert open_features(tmp_path / "00000.h5").features.tolist() == [[[[-65504.0, 65504.0]]]]
 
 
 def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
@@ -143,6 +146,46 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".h5"] == ["00001.h5"]
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("names", [["plain", "mirror", "top_left", "bottom_right_mirror"], list(VIEWS)])
+def test_each_view_has_the_features_of_the_image_seen_so(
+    encoder: Encoder, shards: list[Path], names: list[str], on_gpu: bool
+) -> None:
+    """8 at once: of two images all four views, or eight and four of one image's twelve."""
+    if on_gpu:
+        found = list(extraction._encode_on_gpu(encoder, shards[1:], 8, 0, torch.float32, names))
+    else:
+        found = list(encode_on_cpu(encoder, shards[1:], 8, torch.float32, names))
+    assert [len(keys) for _, keys, _ in found] == ([2, 1] if len(names) == 4 else [1, 1, 1])
+    features = np.concatenate([part for _, _, part in found])
+    for number, name in enumerate(names):
+        _, expected = expected_features(encoder, shards[1], name)
+        np.testing.assert_allclose(features[:, number], expected, rtol=2e-3, atol=2e-3)
+        assert number == 0 or not np.allclose(features[:, 0], expected, atol=0.05)
+
+
+def test_views_are_kept_in_the_file_and_other_views_are_other_work(
+    encoder: Encoder, shards: list[Path], tmp_path: Path
+) -> None:
+    extract_features(encoder, shards, tmp_path, "auto", 0, "fp32", ["plain", "mirror"])
+    found = open_features(tmp_path / "00000.h5", verify=True)
+    assert found.views == ["plain", "mirror"] and found.features.shape == (19, 2, 49, 1280)
+    extract(encoder, shards, tmp_path / "plain")
+    alone = open_features(tmp_path / "plain/00000.h5", verify=True)
+    assert np.array_equal(found.features[:, 0], alone.features[:, 0]) and found.digest != alone.digest
+    assert extraction.missing_shards(encoder, shards, tmp_path, ["plain", "mirror"]) == []
+    for others in (["plain"], ["mirror", "plain"], ["plain", "center"]):
+        assert extraction.missing_shards(encoder, shards, tmp_path, others) == shards
+
+
+def test_images_are_counted_as_they_are_read(shards: list[Path], tmp_path: Path) -> None:
+    assert [extraction.count_images(shard) for shard in shards] == [19, 3]
+    content = shards[0].read_bytes()
+    for damaged in (b"", content[:100], content[:5000], b"x" * 2000, content[:1024] + b"y" * 2000):
+        (tmp_path / "damaged.tar").write_bytes(damaged)
+        assert extraction.count_images(tmp_path / "damaged.tar") <= 19
+
+
 def test_the_benchmarks_photographs_are_as_heavy_as_real_ones(tmp_path: Path) -> None:
     from benchmarks.extraction import write_shards
 
@@ -153,10 +196,10 @@ def test_the_benchmarks_photographs_are_as_heavy_as_real_ones(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("num_threads", "ahead"), [(1, 1), (2, 64), (3, 2)])
-def test_bytes_depend_on_no_number_of_threads(
+def test_bytes_depend_on_no_number_of_threads_or_images_at_once(
     num_threads: int, ahead: int, encoder: Encoder, shards: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract_features(encoder, shards, tmp_path / "plain", 8, 0, "fp32")
+    extract_features(encoder, shards, tmp_path / "plain", 3, 0, "fp32")
     before = torch.get_num_threads()
     monkeypatch.setattr(extraction, "BATCHES_AHEAD", ahead)
     torch.set_num_threads(num_threads)

@@ -20,7 +20,18 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "efficientnet_lite0-lstm"
     vocabulary = Vocabulary.build(["a red circle"], 1, 5)
     torch.manual_seed(0)
-    config = DecoderConfig("lstm", "bahdanau", len(vocabulary), 1280, 8, 8, 8, 8, 0.0)
+    config = DecoderConfig(
+        type="lstm",
+        attention="bahdanau",
+        context_gate=True,
+        vocabulary_size=len(vocabulary),
+        encoder_dim=1280,
+        embedding_dim=8,
+        hidden_dim=8,
+        attention_dim=8,
+        region_dim=8,
+        dropout=0.0,
+    )
     decoder = build_decoder(config)
     models.save_captioner(
         folder,

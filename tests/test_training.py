@@ -30,7 +30,8 @@ WORDS = "red blue green circle square".split()
 
 def settings(**changes) -> TrainParams:
     values = dict(
-        num_processes=1, num_epochs=25, batch_size=4, weight_decay=0.01, warmup_steps=5, label_smoothing=0.0,
+        num_processes=1, encoder_mode="cached", augmentation=None, gradient_checkpointing=False,
+        num_epochs=25, batch_size=4, weight_decay=0.01, warmup_steps=5, label_smoothing=0.0,
         clip_norm=5.0, log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
     )  # fmt: skip
     return TrainParams(**(values | changes))

@@ -52,6 +52,9 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before an epoch's first batch, also where a run goes on in its middle: a pure function of `epoch`."""
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits (num_tokens, vocabulary_size) for `batch.packed_targets`."""
         raise NotImplementedError

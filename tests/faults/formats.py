@@ -67,15 +67,15 @@ def read_ledger(folder: Path) -> Any:
 
 def make_features() -> Path:
     path = paths.FEATURES / "encoder" / "00000.h5"
-    features = np.random.default_rng(0).standard_normal((NUM_IMAGES, 4, 8)).astype(np.float16)
-    encoder = {"name": "encoder", "grid": [2, 2]}
-    feature_files.write_features(path, [f"{n:08d}" for n in range(NUM_IMAGES)], features, encoder, "ab12")
+    features = np.random.default_rng(0).standard_normal((NUM_IMAGES, 2, 4, 8)).astype(np.float16)
+    encoder, views = {"name": "encoder", "grid": [2, 2]}, ["plain", "mirror"]
+    feature_files.write_features(path, [f"{n:08d}" for n in range(NUM_IMAGES)], features, encoder, "ab12", views)
     return path
 
 
 def read_features(path: Path) -> Any:
     found = feature_files.open_features(path, verify=True)
-    return found.keys, found.features.tobytes(), found.features.shape, found.encoder, found.shard_digest
+    return found.keys, found.views, found.features.tobytes(), found.features.shape, found.encoder, found.shard_digest
 
 
 def make_attention() -> Path:
@@ -125,7 +125,18 @@ def read_part(path: Path) -> Any:
 def make_model() -> Path:
     folder = paths.model("encoder-decoder")
     vocabulary = Vocabulary([*SPECIAL, "a", "dog"], 4)
-    config = DecoderConfig("lstm", "bahdanau", len(vocabulary), 8, 4, 4, 4, 4, 0.0)
+    config = DecoderConfig(
+        type="lstm",
+        attention="bahdanau",
+        context_gate=True,
+        vocabulary_size=len(vocabulary),
+        encoder_dim=8,
+        embedding_dim=4,
+        hidden_dim=4,
+        attention_dim=4,
+        region_dim=4,
+        dropout=0.0,
+    )
     weights = {"w": torch.arange(6.0)}
     encoder = SimpleNamespace(state_dict=lambda: weights, describe=lambda: {"name": "encoder", "grid": [2, 2]})
     torch.manual_seed(0)
