@@ -23,7 +23,7 @@ LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 SMALL = (
     "alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t", "mnasnet0_5",
     "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "resnext50_32x4d", "shufflenet_v2_x0_5",
-    "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32", "wide_resnet50_2",
+    "squeezenet1_1", "swin_t", "swin_v2_t", "vgg11_bn", "vit_b_32",
 )  # fmt: skip
 """One network of each family, small where there is a choice."""
 NAMED = {
@@ -40,25 +40,29 @@ def noise(num: int, image_px: int = 224) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).integers(0, 255, (num, image_px, image_px, 3), dtype=np.uint8))
 
 
-def vary(network: nn.Module) -> None:
-    """Makes batch normalisation do something, as in a trained network, and a vision transformer's empty parts, too."""
+def vary(network: nn.Module, images: Tensor) -> None:
+    """Gives batch normalisation statistics, as a trained network has them, and fills a vision transformer's zeros."""
     torch.manual_seed(2)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.no_grad():
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for values in (module.weight, module.running_var):
-                    values.copy_(torch.rand_like(values) * 0.5 + 0.75)
-                for values in (module.bias, module.running_mean):
-                    values.copy_(torch.randn_like(values) * 0.2)
+        for norm in norms:
+            norm.weight.copy_(torch.rand_like(norm.weight) * 0.5 + 0.75)
+            norm.bias.copy_(torch.randn_like(norm.bias) * 0.2)
+            norm.momentum = 1.0
+            norm.train()
         for name, values in network.named_parameters():
             if name.endswith(("class_token", "heads.head.weight")):
                 values.normal_()
+        if norms:
+            network(images)
+    for norm in norms:
+        norm.eval()
 
 
 def varied(name: str) -> Encoder:
     encoder = build_encoder(name, "package" if name in LITE else "random")
     if encoder.weights_digest == "random":
-        vary(encoder)
+        vary(encoder.backbone, encoder.transform.normalise(noise(2, encoder.transform.image_px)))
     return encoder
 
 
@@ -106,24 +110,33 @@ def classify(network: nn.Module, encoder: Encoder, regions: Tensor) -> Tensor:
     return head(maps.mean((2, 3)))
 
 
+def preprocessed(name: str) -> tuple[Tensor, Tensor]:
+    """A fine and a coarse image as pixels, and as torchvision's own transform makes them a network's input."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    image_px = weights.transforms().crop_size[0]
+    pixels = noise(2, image_px)
+    pixels[1] = pixels[1].repeat_interleave(40, 0).repeat_interleave(40, 1)[:image_px, :image_px]
+    return pixels, weights.transforms(crop_size=image_px, resize_size=image_px)(pixels.permute(0, 3, 1, 2))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_against_torchvisions_own_forward_pass(name: str, tmp_path: Path) -> None:
-    network = plain_network(name)
-    vary(network)
+    network, (pixels, images) = plain_network(name), preprocessed(name)
+    vary(network, images)
     head = [child for child, _ in network.named_children()][-1]
     state = {key: value for key, value in network.state_dict().items() if not key.startswith(head)}
+    if name.startswith("vit"):  # as they were called when hub's files were written
+        state = {n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): state[n] for n in state}
+        assert "encoder.layers.encoder_layer_0.mlp.linear_1.weight" in state
     save_file(state, tmp_path / "weights.safetensors")
     encoder = build_encoder(name, str(tmp_path / "weights.safetensors"), class_token=True)
-    image_px = encoder.transform.image_px
-    pixels = noise(2, image_px)
-    preprocess = torchvision.models.get_model_weights(name).DEFAULT.transforms(crop_size=image_px, resize_size=image_px)
     with torch.inference_mode():
-        expected = network(preprocess(pixels.permute(0, 3, 1, 2)))
+        expected = network(images)
         found = encoder(pixels)
         logits = classify(network, encoder, found)
     assert found.shape == (2, encoder.num_regions, encoder.encoder_dim)
-    scale = float(expected.std())
-    assert scale > 0 and not torch.allclose(expected[0], expected[1], atol=1e-2 * scale)
+    scale = float((expected[0] - expected[1]).std())
+    assert scale > 0.01 * float(expected.std())  # it sees the images
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * scale)
 
 
@@ -158,6 +171,9 @@ def test_sizes_and_preprocessing_are_those_of_the_weights(name: str, regnet_on_m
     found = encoder.transform
     assert (found.image_px, found.interpolation) == (asked.crop_size[0], asked.interpolation.value)
     assert (list(found.mean), list(found.std)) == (mean, std) and encoder.num_extra == 0
+    if name in NAMED:
+        side, encoder_dim = NAMED[name]
+        assert encoder.grid == (side, side) and encoder.encoder_dim == encoder_dim
     stages = [encoder.stage_of(parameter) for parameter, _ in encoder.named_parameters()]
     assert tuple(dict.fromkeys(stages)) == encoder.stages and len(encoder.stages) >= 3
 
@@ -165,15 +181,6 @@ def test_sizes_and_preprocessing_are_those_of_the_weights(name: str, regnet_on_m
 def test_every_classifier_of_torchvision_is_there() -> None:
     assert torchvision.models.list_models(module=torchvision.models) == NAMES == sorted(NAMES)
     assert list(encoders.ENCODERS) == [*LITE, *NAMES]
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_grids_are_those_of_the_papers(name: str) -> None:
-    side, encoder_dim = NAMED[name]
-    with torch.device("meta"):
-        encoder = build_encoder(name, "random")
-    assert encoder.grid == (side, side) and encoder.encoder_dim == encoder_dim
-    assert encoder.describe()["name"] == name and encoder.describe()["grid"] == [side, side]
 
 
 class Coordinates(nn.Module):
@@ -229,15 +236,22 @@ def test_the_own_grid_asked_for_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "grid", "class_token"), [("resnet18", None, True), ("resnet18", (3, 4), False), ("vit_b_32", (2, 2), True)]
+    ("name", "grid", "class_token"),
+    [("resnet18", None, True), ("resnet18", (3, 4), False), ("vit_b_32", (2, 2), True), ("vit_b_32", None, True)],
 )
 def test_a_description_is_enough_to_build_the_same(name: str, grid: tuple[int, int] | None, class_token: bool) -> None:
-    encoder = build_encoder(name, "random", grid, class_token)
-    vary(encoder)
-    rebuilt = rebuild_encoder(json.loads(json.dumps(encoder.describe())))
+    with torch.device("meta"):
+        described = build_encoder(name, "random", grid, class_token).describe()
+        stored = json.loads(json.dumps(described))
+        assert rebuild_encoder(stored).describe() == described == stored
+    assert described["class_token"] is (name == "vit_b_32")
+
+
+def test_a_rebuilt_encoder_takes_stored_weights() -> None:
+    encoder = build_encoder("resnet18", "random", (3, 4))
+    vary(encoder.backbone, encoder.transform.normalise(noise(1)))
+    rebuilt = rebuild_encoder(encoder.describe())
     rebuilt.load_state_dict(encoder.state_dict())
-    assert rebuilt.describe() == encoder.describe() == json.loads(json.dumps(encoder.describe()))
-    assert encoder.describe()["class_token"] is (name == "vit_b_32")
     with torch.inference_mode():
         assert torch.equal(rebuilt(noise(1)), encoder(noise(1)))
 
@@ -262,20 +276,6 @@ def test_random_only_when_asked_and_then_the_same_each_time() -> None:
     first, second = build_encoder("resnet18", "random"), build_encoder("resnet18", "random")
     assert first.weights_digest == "random"
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-
-
-def test_vision_transformers_old_names_are_known(tmp_path: Path) -> None:
-    network = plain_network("vit_b_32")
-    old = {
-        name.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2.") for name in network.state_dict()
-    }
-    assert old != set(network.state_dict())
-    values = network.state_dict().values()
-    names = [n.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2.") for n in network.state_dict()]
-    save_file(dict(zip(names, values, strict=True)), tmp_path / "old.safetensors")
-    encoder = build_encoder("vit_b_32", str(tmp_path / "old.safetensors"))
-    expected = network.encoder.layers[0].mlp[0].weight
-    assert torch.equal(dict(encoder.named_parameters())["backbone.layer1.0.mlp.0.weight"], expected)
 
 
 def test_no_hub_names_url_file_and_param(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,9 +320,7 @@ def test_hostile_and_wrong_weights_are_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_unknown_encoders_list_the_choices() -> None:
-    with pytest.raises(
-        CapstanError, match=r"unknown encoder 'resnet5'. Did you mean 'resnet50'\? Choices: alexnet, conv"
-    ):
+    with pytest.raises(CapstanError, match=r"'resnet5'. Did you mean 'resnet50'\? Choices: alexnet, conv"):
         build_encoder("resnet5", "random")
     with pytest.raises(CapstanError, match=r"'densenet156': no such network exists. Did you mean 'densenet161'\?"):
         encoders.check_encoder("densenet156")
@@ -417,7 +415,8 @@ def test_fused_encoders_give_the_same_features(name: str) -> None:
     found = torch.cat([encode(pixels[:2]), encode(pixels[2:])])  # also a batch of another size
     largest = float(expected.abs().max())
     assert largest > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * largest)
+    # both are up to 2e-4 of the largest away from the same network in float64 (inception_v3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=4e-4 * largest)
     after = encoder.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -437,10 +436,9 @@ def test_fused_encoders_pool_after_they_turned_back() -> None:
     torch.testing.assert_close(fuse_encoder(encoder, 1, torch.float32)(pixels), encoder(pixels), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["convnext_tiny", "vit_b_32"])
-def test_what_cannot_be_fused_says_so(name: str) -> None:
+def test_what_cannot_be_fused_says_so() -> None:
     with pytest.raises(ValueError, match="layer normalisation cannot be fused"):
-        fuse_encoder(build_encoder(name, "random"), 1, torch.float32)
+        fuse_encoder(build_encoder("convnext_tiny", "random"), 1, torch.float32)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -453,7 +451,8 @@ def test_resizing_agrees_with_pillow_and_leaves_images_of_the_right_size_alone(i
         expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling[interpolation.upper()]))
         found = transform.resize(image)
         assert found.shape == (224, 224, 3) and found.dtype == np.uint8
-        assert np.abs(found.astype(int) - expected).max() <= 1
+        difference = np.abs(found.astype(int) - expected)
+        assert difference.max() <= (1 if interpolation == "bilinear" else 2) and difference.mean() < 0.02
     right = noise(1)[0].numpy()
     assert transform.resize(right) is right
 

@@ -250,7 +250,7 @@ def _last_grid(network: nn.Module, image_px: int) -> str:
     """The last node of the network's graph that gives maps of more than one pixel."""
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-    nodes = get_graph_node_names(network)[1]
+    _, *nodes = get_graph_node_names(network)[1]  # without the image itself
     graph = create_feature_extractor(network, nodes)
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in graph.state_dict().items()}
     image = torch.empty(1, 3, image_px, image_px, device="meta")
