@@ -85,6 +85,7 @@ def default_decoder() -> Decoder:
         DecoderConfig(
             type="lstm",
             attention="bahdanau",
+            context_gate=True,
             vocabulary_size=VOCABULARY_SIZE,
             encoder_dim=ENCODER_DIM,
             embedding_dim=256,

@@ -179,6 +179,7 @@ class Steps:
             DecoderConfig(
                 type="lstm",
                 attention="bahdanau",
+                context_gate=True,
                 vocabulary_size=VOCABULARY_SIZE,
                 encoder_dim=encoder_dim,
                 embedding_dim=512,

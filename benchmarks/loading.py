@@ -111,6 +111,7 @@ def _train(folder: Path, num_images: int) -> dict[str, float]:
         DecoderConfig(
             type="lstm",
             attention="bahdanau",
+            context_gate=True,
             vocabulary_size=VOCABULARY_SIZE,
             encoder_dim=ENCODER_DIM,
             embedding_dim=32,

@@ -29,4 +29,17 @@ def synthetic_batch(num_images: int) -> Batch:
 
 def build(attention: str = "bahdanau") -> Decoder:
     torch.manual_seed(0)
-    return build_decoder(DecoderConfig("lstm", attention, VOCABULARY_SIZE, ENCODER_DIM, 512, 512, 512, 512, 0.0))
+    return build_decoder(
+        DecoderConfig(
+            type="lstm",
+            attention=attention,
+            context_gate=attention == "bahdanau",
+            vocabulary_size=VOCABULARY_SIZE,
+            encoder_dim=ENCODER_DIM,
+            embedding_dim=512,
+            hidden_dim=512,
+            attention_dim=512,
+            region_dim=512,
+            dropout=0.0,
+        )
+    )

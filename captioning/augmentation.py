@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from captioning.params import AugmentationParams
+from captioning.train_params import AugmentationParams
 
 Pixels = NDArray[np.uint8]
 """(height, width, 3) RGB."""

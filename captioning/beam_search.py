@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from captioning.decoders.base import Decoder, Memory, State
-from captioning.vocabulary import Vocabulary
+from captioning.vocabulary import SPECIAL, Vocabulary
 
 NEVER = float("-inf")
 
@@ -62,6 +62,7 @@ def beam_search(
     max_length: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = False,
+    min_length: int = 0,
 ) -> list[Hypothesis]:
     """Captions a batch of images.
 
@@ -72,18 +73,21 @@ def beam_search(
         max_length: words at most.
         length_penalty: see above; 0 compares plain sums, larger values favour longer captions.
         no_repeat_trigram: no three words in a row occur twice in a caption.
+        min_length: words at least; eos is banned before them.
 
     Returns:
         One hypothesis an image, in the order of `features`.
     """
     if num_beams < 1 or max_length < 1:
         raise ValueError(f"num_beams ({num_beams}) and max_length ({max_length}) are at least 1")
+    if min_length > max_length:
+        raise ValueError(f"min_length ({min_length}) is above max_length ({max_length})")
     results: list[Hypothesis | None] = [None] * len(features)
     beams = _start(decoder, features)
     last = torch.full_like(beams.image, Vocabulary.bos_id)[:, None]
     for length in range(1, max_length + 1):
         step = decoder.step(beams.memory, beams.state, last)
-        log_probs = _mask(step.logits.float().log_softmax(-1), beams.tokens, no_repeat_trigram)
+        log_probs = _mask(step.logits.float().log_softmax(-1), beams.tokens, no_repeat_trigram, length <= min_length)
         beams.state = step.state
         _extend(beams, log_probs, step.attention_weights.float(), num_beams, length**length_penalty, results)
         finished = _finished(beams, num_beams, length, max_length, length_penalty)
@@ -112,14 +116,17 @@ def _start(decoder: Decoder, features: Tensor) -> _Beams:
     )
 
 
-def _mask(log_probs: Tensor, tokens: Tensor, no_repeat_trigram: bool) -> Tensor:
-    """Bans what is no word: (images, beams, vocabulary_size); and words that would repeat a trigram."""
+def _mask(log_probs: Tensor, tokens: Tensor, no_repeat_trigram: bool, must_go_on: bool) -> Tensor:
+    """Bans what is no word: (images, beams, vocabulary_size); words that would repeat a trigram; an end too early."""
     log_probs[..., [Vocabulary.pad_id, Vocabulary.bos_id, Vocabulary.unk_id]] = NEVER
     if no_repeat_trigram and tokens.shape[2] >= 3:
         pairs = tokens.unfold(2, 2, 1)[:, :, :-1]  # (images, beams, steps - 2, 2): all but the last pair
         repeated = (pairs == tokens[:, :, None, -2:]).all(-1)
         banned = torch.zeros_like(log_probs).scatter_add_(2, tokens[:, :, 2:], repeated.float())
         log_probs = log_probs.masked_fill(banned > 0, NEVER)
+    if must_go_on:
+        words_left = (log_probs[..., len(SPECIAL) :] > NEVER).any(-1)  # else nothing could be said at all
+        log_probs[..., Vocabulary.eos_id] = log_probs[..., Vocabulary.eos_id].masked_fill(words_left, NEVER)
     return log_probs
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from captioning.datasets import CaptionBatches, FeatureStore
@@ -15,19 +18,57 @@ from captioning.metrics.cider import CiderD
 from captioning.metrics.words import simple_tokenize
 from captioning.vocabulary import Vocabulary
 
+MAX_EXPONENT = 700
+"""Above it, a perplexity is no float64."""
+
+
+@dataclass
+class Tally:
+    """How well a decoder foresees target tokens under teacher forcing, summed over batches."""
+
+    loss_sum: float = 0.0
+    """Cross entropy, nats, without label smoothing."""
+    num_correct: int = 0
+    """Tokens whose target has the highest probability."""
+    num_tokens: int = 0
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """(num_tokens, vocabulary_size) float32 and (num_tokens,)."""
+        self.loss_sum += functional.cross_entropy(logits, targets, reduction="sum").item()
+        self.num_correct += int((logits.argmax(-1) == targets).sum())
+        self.num_tokens += len(targets)
+
+    def over(self, world: World) -> Tally:
+        """All ranks' together."""
+        loss_sum, num_correct, num_tokens = world.sum_numbers([self.loss_sum, self.num_correct, self.num_tokens])
+        return Tally(loss_sum, int(num_correct), int(num_tokens))
+
+    @property
+    def loss(self) -> float:
+        """Mean a token."""
+        return self.loss_sum / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < MAX_EXPONENT else math.inf
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens in [0, 1]."""
+        return self.num_correct / self.num_tokens
+
 
 @torch.inference_mode()
-def evaluate_loss(decoder: Decoder, batches: CaptionBatches, device: torch.device, world: World = ALONE) -> float:
-    """Mean cross entropy a token (nats) over the split, without label smoothing; the ranks share the images."""
+def foresee(decoder: Decoder, batches: CaptionBatches, device: torch.device, world: World = ALONE) -> Tally:
+    """Teacher forcing over the split; the ranks share the images."""
     decoder.eval()
-    total, num_tokens = 0.0, 0
+    tally = Tally()
     for share in batches.epoch(world=world):
-        num_tokens += share.num_tokens
         if share.batch is not None:
             batch = share.batch.to(device)
-            logits = decoder(batch).float()
-            total += functional.cross_entropy(logits, batch.packed_targets, reduction="sum").item()
-    return world.sum_numbers([total])[0] / num_tokens
+            tally.add(decoder(batch).float(), batch.packed_targets)
+    return tally.over(world)
 
 
 class GreedyCider:
@@ -37,10 +78,15 @@ class GreedyCider:
         self.store, self.vocabulary, self.size = store, vocabulary, size
         self.metric = CiderD([[simple_tokenize(caption) for caption in captions] for captions in references])
 
-    def __call__(self, decoder: Decoder, device: torch.device, world: World = ALONE) -> float:
-        """Scale as pycocoevalcap's, so 1.0 is a good captioner. Each rank captions its images; all score all."""
-        images = world.part(len(self.store))
-        found = search_store(decoder, self.store, device, images, self.size, 1, self.vocabulary.max_length)
+    def __call__(self, decoder: Decoder, device: torch.device, world: World = ALONE, min_length: int = 0) -> float:
+        """Scale as pycocoevalcap's, so 1.0 is a good captioner. Each rank captions its images; all score all.
+
+        Args:
+            min_length: words at least; at most the vocabulary's `max_length` counts.
+        """
+        images, longest = world.part(len(self.store)), self.vocabulary.max_length
+        least = min(min_length, longest)
+        found = search_store(decoder, self.store, device, images, self.size, 1, longest, min_length=least)
         mine = [self.vocabulary.decode(hypothesis.token_ids) for hypothesis in found]
         captions = [""] * len(self.store)
         for rank, part in enumerate(world.gather(json.dumps(mine).encode())):

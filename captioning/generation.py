@@ -22,6 +22,7 @@ def search_store(
     max_length: int,
     length_penalty: float = 1.0,
     no_repeat_trigram: bool = False,
+    min_length: int = 0,
     progress: Progress | None = None,
 ) -> Iterator[Hypothesis]:
     """Beam search over images of a store, named by their positions, batch by batch, in that order."""
@@ -29,6 +30,6 @@ def search_store(
     for start in range(0, len(images), batch_size):
         indices = images[start : start + batch_size]
         features = store.gather(indices).to(device)
-        yield from beam_search(decoder, features, num_beams, max_length, length_penalty, no_repeat_trigram)
+        yield from beam_search(decoder, features, num_beams, max_length, length_penalty, no_repeat_trigram, min_length)
         if progress:
             progress.update(len(indices))

@@ -38,10 +38,12 @@ class Task(Protocol):
 
     name: str
     num_epochs: int
+    """Of the whole run. A task that has seen enough lowers it to the epochs that are done, in `end_epoch`, and again in
+    `load_state_dict`: its state decides where a run ends."""
     steps_per_epoch: int
 
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
-        """The epoch's batches from number `first` on; their order is a pure function of the epoch."""
+        """What the epoch's steps take, from number `first` on; their order is a pure function of the epoch."""
         ...
 
     def train_step(self, batch: Any, step: int, stop: bool) -> Outcome:
@@ -67,7 +69,7 @@ class Position:
 
     epoch: int = 0
     batch: int = 0
-    """Of this epoch, consumed."""
+    """What steps of this epoch have consumed; one item of `Task.batches` a step."""
     step: int = 0
     loss_sum: float = 0.0
     """Of this epoch: loss times weight."""

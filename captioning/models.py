@@ -21,8 +21,8 @@ from captioning.errors import CapstanError
 from captioning.tensor_files import parse_tensors
 from captioning.vocabulary import Vocabulary
 
-SCHEMA_VERSION = 2
-"""2: encoders by stages."""
+SCHEMA_VERSION = 3
+"""2: encoders by stages. 3: decoders' options and Transformers."""
 
 
 @dataclass

@@ -5,7 +5,6 @@ No field has a default: params.yaml is complete, so DVC sees every value that a 
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,9 +13,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from captioning import paths
+from captioning.decoder_params import DecoderSettings, TransformerSettings
 from captioning.errors import CapstanError, unknown_name
-from captioning.param_types import Count, Fraction, Name, NotifyUrl, Percent, Positive, Probability, Rate, Section
+from captioning.param_errors import explain
+from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
 from captioning.source_params import SourceSettings
+from captioning.train_params import TrainParams
 
 
 class DataParams(Section):
@@ -85,69 +87,23 @@ class FeaturesParams(Section):
     See `captioning.views.VIEWS`."""
 
 
-class DecoderSettings(Section):
-    """An LSTM or GRU with attention."""
-
-    type: Name
-    """An entry of `captioning.decoders.DECODERS`."""
-    attention: Literal["bahdanau", "luong_dot", "luong_general", "luong_concat"]
-    embedding_dim: Positive
-    hidden_dim: Positive
-    attention_dim: Positive
-    region_dim: Positive | None
-    """Regions are projected to this many dimensions first; null attends to the encoder's own."""
-    dropout: Fraction
-    learning_rate: Rate
-
-
-class AugmentationParams(Section):
-    """Random changes to training images in live mode: each with its probability at full strength."""
-
-    start_strength: Annotated[float, Field(gt=0, le=1)]
-    """Of all changes in the first step; it grows exponentially to `end_strength` in the last."""
-    end_strength: Annotated[float, Field(gt=0, le=1)]
-    crop: Probability
-    flip: Probability
-    colour: Probability
-    blur: Probability
-    cutout: Probability
-
-
-class TrainParams(Section):
-    num_processes: Positive
-    """More than one run under torchrun and share each batch. The order of samples does not depend on it, the last
-    digits of a result do."""
-    encoder_mode: Literal["cached", "live"]
-    """`cached`: from the features stage's files. `live`: images from the shards, augmented and encoded at each step;
-    the encoder can be fine-tuned (`encoder_settings.<name>.trainable`)."""
-    augmentation: AugmentationParams | None
-    gradient_checkpointing: bool
-    """Recompute an encoder's blocks in the backward pass instead of keeping their activations (live mode)."""
-    num_epochs: Positive
-    batch_size: Positive
-    """Images per step over all processes; each brings all its captions."""
-    weight_decay: Annotated[float, Field(ge=0)]
-    warmup_steps: Count
-    label_smoothing: Fraction
-    clip_norm: Rate
-    log_every_steps: Positive
-    max_skipped_steps: Count
-    """A step whose loss or gradient is not finite is skipped; after so many in a row training stops."""
-    precision: Literal["fp32", "bf16", "fp16", "auto"]
-    seed: int
-    deterministic: bool
-    """Deterministic algorithms alone: the same bits in every run. Off, some are faster on a GPU."""
-
-
 class GenerateParams(Section):
     num_processes: Positive
     num_beams: Positive
     length_penalty: float
     """Scores are divided by length ** length_penalty (0: plain log-probability)."""
+    min_length: Count
+    """Words: no caption ends before."""
     max_length: Positive
     """Words, without bos and eos."""
     no_repeat_trigram: bool
     batch_size: Positive
+
+    @model_validator(mode="after")
+    def _lengths_leave_room(self) -> GenerateParams:
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length ({self.min_length}) is above max_length ({self.max_length})")
+        return self
 
 
 class SmallBlip(Section):
@@ -266,6 +222,17 @@ class Params(Section):
                 raise ValueError(str(unknown_name("source", name, SourceSettings.model_fields)))
         return self
 
+    @model_validator(mode="after")
+    def _captions_fit_decoders(self) -> Params:
+        for name in self.decoders:
+            settings = self.decoder_settings.get(name)
+            if isinstance(settings, TransformerSettings):
+                try:
+                    settings.check_lengths(self.generate.max_length)
+                except ValueError as error:
+                    raise ValueError(f"decoder_settings.{name}: {error}") from None
+        return self
+
     def captioners(self) -> list[str]:
         """All captioners in the order of the leaderboard's ties: encoder × decoder, then BLIP."""
         pairs = [paths.captioner_name(encoder, decoder) for encoder in self.encoders for decoder in self.decoders]
@@ -294,31 +261,5 @@ def parse_params(tree: Any, origin: str = "params.yaml") -> Params:
     try:
         return Params.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(tree, detail) for detail in error.errors()]
+        lines = [explain(Params, detail) for detail in error.errors()]
         raise CapstanError("\n  ".join([f"{origin} has {len(lines)} error(s):", *lines])) from None
-
-
-def _explain(tree: Any, detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
-    path = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        near = get_close_matches(location[-1], _known_keys(location[:-1]), n=1)
-        return f"{path}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
-    if detail["type"] == "missing":
-        return f"{path}: missing; every key must stand in params.yaml"
-    message = detail["msg"].removeprefix("Value error, ")
-    return f"{path}: {message} (got {detail['input']!r})" if path else message
-
-
-def _known_keys(location: list[str]) -> list[str]:
-    """The keys of the section at a path: walks the types as the validator did."""
-    model: Any = Params
-    for part in location:
-        if isinstance(model, type) and issubclass(model, Section):
-            model = model.model_fields[part].annotation
-        else:  # dict[Name, Settings]
-            model = model.__args__[1]
-        for option in getattr(model, "__args__", ()):  # Settings | None
-            if isinstance(option, type) and issubclass(option, Section) and not str(model).startswith("dict"):
-                model = option
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, Section) else []

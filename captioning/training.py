@@ -1,29 +1,32 @@
-"""Training a decoder: teacher forcing on cached features, validation by loss and free-running CIDEr-D each epoch."""
+"""Training a decoder: teacher forcing, and validation by loss and free-running CIDEr-D after each epoch."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from captioning import monitoring
+from captioning.averaging import Average
 from captioning.datasets import CaptionBatches, Share, epoch_order
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
-from captioning.evaluation import GreedyCider, evaluate_loss
+from captioning.evaluation import GreedyCider, Tally, foresee
 from captioning.loop import Journal, Outcome
 from captioning.losses import cross_entropy
-from captioning.optimization import Named, Stepper, build_adamw, seed_step
+from captioning.optimization import Named, Stepper, build_optimizer, seed_step
 from captioning.params import TrainParams
+from captioning.penalties import run_with_penalties
 from captioning.precision import autocast, choose_device, choose_precision
-from captioning.schedules import cosine_with_warmup
+from captioning.scheduled_sampling import mix_in_own_words
+from captioning.schedules import Course, learning_rate_factor, sampling_probability
+from captioning.selection import Best, is_enough, score_of
 
-BETAS = (0.9, 0.999)
 ENCODER = "encoder."
 """Begins the names of an encoder's parameters in live mode."""
 
@@ -37,20 +40,6 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = not deterministic
-
-
-@dataclass
-class Best:
-    """The best epoch so far, by validation CIDEr-D; ties stay with the earlier one."""
-
-    cider: float = -math.inf
-    epoch: int = -1
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-    def offer(self, cider: float, epoch: int, decoder: Decoder) -> None:
-        if cider > self.cider:
-            state = {name: value.detach().cpu().clone() for name, value in decoder.state_dict().items()}
-            self.cider, self.epoch, self.state = cider, epoch, state
 
 
 class DecoderTask:
@@ -76,63 +65,126 @@ class DecoderTask:
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
         self.settings, self.journal, self.world = settings, journal, world
-        self.num_epochs, self.steps_per_epoch = settings.num_epochs, len(train)
+        self.num_epochs, self.steps_per_epoch = settings.num_epochs, -(-len(train) // settings.accumulate_steps)
         own = [(name, p) for name, p in decoder.named_parameters() if not name.startswith(ENCODER)]
-        optimizer = build_adamw([(own, learning_rate), *encoder_parts], settings.weight_decay, BETAS)
-        self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world)
+        optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
+        self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world, settings.clip_value)
+        self.average = Average(self.decoder, settings.ema_decay) if settings.ema_decay else None
         self.best = Best()
         self.history: list[dict[str, Any]] = []
+        self.tally: Tally | None = None
+        """Of the step under way, where it will be logged."""
+        self.own_words = 0.0
+        """How often the step under way reads a word of the decoder's own."""
 
-    def batches(self, epoch: int, first: int) -> Iterator[Share]:
+    @property
+    def judged(self) -> Decoder:
+        """What is validated and kept: the average of the weights where there is one."""
+        return self.decoder if self.average is None else self.average.model
+
+    def batches(self, epoch: int, first: int) -> Iterator[list[Share]]:
+        """Each step's batches: `accumulate_steps` of them, fewer at the epoch's end."""
         self.decoder.begin_epoch(epoch)
         order = epoch_order(len(self.train.captions), self.settings.seed, epoch)
-        return self.train.epoch(order, first, self.world, self.train.draw_views(self.settings.seed, epoch))
+        size, views = self.settings.accumulate_steps, self.train.draw_views(self.settings.seed, epoch)
+        shares = self.train.epoch(order, first * size, self.world, views)
+        while step := list(islice(shares, size)):
+            yield step
 
-    def train_step(self, share: Share, step: int, stop: bool) -> Outcome:
-        """The loss is the whole batch's mean a token, label smoothing included, whatever the number of processes."""
+    def train_step(self, shares: list[Share], step: int, stop: bool) -> Outcome:
+        """The loss is the mean a token over all batches of the step, label smoothing included, whatever their number
+        and the number of processes."""
         self.decoder.train()
         seed_step(self.settings.seed, step, self.world.rank)
-        num_steps = self.num_epochs * self.steps_per_epoch
-        factor = cosine_with_warmup(step, self.settings.warmup_steps, num_steps)
-        value, finite, stop = self.stepper.step(self._loss(share), factor, stop)
-        if (step + 1) % self.settings.log_every_steps == 0:
-            rate = self.stepper.optimizer.param_groups[0]["lr"]
-            self.journal(step + 1, {"train/loss": value, "train/learning_rate": rate})
-        if share.batch is not None:
-            monitoring.count(len(share.batch.features) * self.world.num_processes, share.num_tokens)
-        return Outcome(value, share.num_tokens, finite, stop)
+        self.own_words = sampling_probability(step // self.steps_per_epoch, self.settings.scheduled_sampling)
+        self.tally = Tally() if (step + 1) % self.settings.log_every_steps == 0 else None
+        num_tokens = sum(share.num_tokens for share in shares)
+        losses = (self._loss(replace(share, num_tokens=num_tokens)) for share in shares)
+        value, finite, stop = self.stepper.step_over(losses, self._rate_factor(step), stop)
+        if finite and self.average is not None:
+            self.average.update(step)
+        if self.tally is not None:
+            self._log(step + 1, value, self.tally.over(self.world))
+        num_images = sum(len(share.batch.features) for share in shares if share.batch is not None)
+        monitoring.count(num_images * self.world.num_processes, num_tokens)
+        return Outcome(value, num_tokens, finite, stop)
+
+    def _rate_factor(self, step: int) -> float:
+        num_steps = self.settings.num_epochs * self.steps_per_epoch
+        return learning_rate_factor(step, self.settings.scheduler, Course(num_steps, self.steps_per_epoch, self.scores))
+
+    @property
+    def scores(self) -> list[float]:
+        """Of each finished epoch, greater is better."""
+        return [score_of(record, self.settings.select_by) for record in self.history]
+
+    def _log(self, step: int, loss: float, tally: Tally) -> None:
+        found = {
+            "loss": loss,
+            "perplexity": tally.perplexity,
+            "accuracy": tally.accuracy,
+            "learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
+            "gradient_norm": self.stepper.gradient_norm,
+        }
+        if self.settings.scheduled_sampling is not None:
+            found["own_words"] = self.own_words
+        self.journal(step, {f"train/{name}": value for name, value in found.items()})
 
     def _loss(self, share: Share) -> Tensor | None:
+        """This rank's part of a batch's loss: `share.num_tokens` are the whole step's."""
         if share.batch is None:
             return None
         batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
-            logits = self.decoder(batch)
-        total = cross_entropy(logits.float(), batch.packed_targets, self.settings.label_smoothing)
-        return total / share.num_tokens
+            batch = mix_in_own_words(self.decoder, batch, self.own_words)
+            logits, penalty = run_with_penalties(self.decoder, batch, self.settings.eos_suppression)
+        total = cross_entropy(logits, batch.packed_targets, self.settings.label_smoothing)
+        if self.tally is not None:
+            self.tally.add(logits.detach(), batch.packed_targets)
+        return (total if penalty is None else total + penalty) / share.num_tokens
 
-    def evaluate(self) -> tuple[float, float]:
-        """Validation loss and CIDEr-D."""
-        loss = evaluate_loss(self.decoder, self.val, self.device, self.world)
-        return loss, self.val_cider(self.decoder, self.device, self.world)
+    def evaluate(self) -> tuple[Tally, float]:
+        """Validation under teacher forcing, and CIDEr-D."""
+        suppression = self.settings.eos_suppression
+        tally = foresee(self.judged, self.val, self.device, self.world)
+        least = suppression.min_length if suppression else 0
+        return tally, self.val_cider(self.judged, self.device, self.world, least)
 
-    def end_epoch(self, epoch: int, step: int, mean_loss: float, found: tuple[float, float]) -> str:
-        val_loss, cider = found
-        self.best.offer(cider, epoch, self.decoder)
-        self.journal(step, {"val/loss": val_loss, "val/CIDEr": cider})
-        record = {"epoch": epoch + 1, "step": step, "train_loss": mean_loss, "val_loss": val_loss, "val_CIDEr": cider}
-        self.history.append(record)
+    def end_epoch(self, epoch: int, step: int, mean_loss: float, found: tuple[Tally, float]) -> str:
+        tally, cider = found
+        figures = {"loss": tally.loss, "perplexity": tally.perplexity, "accuracy": tally.accuracy, "CIDEr": cider}
+        self.journal(step, {f"val/{name}": value for name, value in figures.items()})
+        record = {"epoch": epoch + 1, "step": step, "train_loss": mean_loss}
+        self.history.append({**record, **{f"val_{name}": value for name, value in figures.items()}})
+        self.best.offer(self.scores[-1], cider, epoch, self.judged.state_dict())
+        self._stop_early()
         star = " (best)" if self.best.epoch == epoch else ""
-        return f"train loss {mean_loss:.3f}, val loss {val_loss:.3f}, val CIDEr {cider:.3f}{star}"
+        star += f"; no gain, so it ends {self.settings.num_epochs - len(self.history)} epochs early" * self.is_early
+        return f"train loss {mean_loss:.3f}, val loss {tally.loss:.3f}, val CIDEr {cider:.3f}{star}"
+
+    def _stop_early(self) -> None:
+        """The run ends with this epoch where validation has gained nothing for long enough."""
+        if is_enough(self.scores, self.settings.early_stopping):
+            self.num_epochs = len(self.history)
+
+    @property
+    def is_early(self) -> bool:
+        return self.num_epochs < self.settings.num_epochs
 
     def state_dict(self) -> dict[str, Any]:
-        best = {"cider": self.best.cider, "epoch": self.best.epoch, "state": self.best.state}
-        parts = {"decoder": self.decoder.state_dict(), "stepper": self.stepper.state_dict()}
-        return {**parts, "best": best, "history": self.history}
+        return {
+            "decoder": self.decoder.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else {},
+            "stepper": self.stepper.state_dict(),
+            "best": self.best.state_dict(),
+            "history": self.history,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.decoder.load_state_dict(state["decoder"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.stepper.load_state_dict(state["stepper"])
-        best = state["best"]
-        self.best = Best(best["cider"], best["epoch"], {name: value.clone() for name, value in best["state"].items()})
+        self.best = Best.from_state(state["best"])
         self.history = state["history"]
+        self._stop_early()

@@ -42,12 +42,11 @@ def train(
 ) -> None:
     """Trains, and publishes the complete model directory `out`; DVCLive's history goes to `live_dir` as it grows."""
     from captioning import models, training
-    from captioning.decoders import DecoderConfig, build_decoder, check_decoder
+    from captioning.decoders import DecoderConfig, start_decoder
     from captioning.distributed import join_world
     from captioning.training_log import TrainingLog
     from captioning.vocabulary import Vocabulary
 
-    check_decoder(decoder_settings.type)
     vocabulary = Vocabulary.load(prepared / "vocabulary.json")
     encoder = _load_encoder(encoder_name, encoder_settings, settings, features)
     architecture = decoder_settings.model_dump(exclude={"learning_rate"})
@@ -62,7 +61,7 @@ def train(
             data = _load_data(prepared, folder, encoder, vocabulary, settings)
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
         with work.open_work("train", name, resolved, world) as found, TrainingLog(live_dir, world) as log:
-            model, parts = _assemble(encoder, build_decoder(config), encoder_settings, settings)
+            model, parts = _assemble(encoder, start_decoder(config, vocabulary), encoder_settings, settings)
             task, num_skipped = _train(model, data, decoder_settings, settings, recovery, found, log, world, parts)
             if world.is_main:
                 record = _record(encoder_name, decoder_name, resolved, task, num_skipped, world)
@@ -148,10 +147,12 @@ def _fingerprint(resolved: Any, config: Any, encoder: Any, batches: Any, prepare
     """All that the weights' bits depend on."""
     from dataclasses import asdict
 
+    from captioning.decoders.word_vectors import digest_vectors
     from captioning.precision import describe_arithmetic
 
     arithmetic = [world.num_processes, *describe_arithmetic(resolved["train"]["precision"])]
-    settings = [resolved, asdict(config), encoder.describe(), batches.store.digests, arithmetic]
+    vectors = digest_vectors(config.embeddings) if config.embeddings else None
+    settings = [resolved, asdict(config), encoder.describe(), batches.store.digests, vectors, arithmetic]
     inputs = [prepared / f"{name}.json" for name in ("train", "val", "vocabulary")]
     return work.fingerprint("train", settings, inputs, PACKAGES)
 

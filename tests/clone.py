@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
     "decoder_settings": {
         name: {"embedding_dim": 16, "hidden_dim": 16, "attention_dim": 16, "region_dim": 16} for name in ("lstm", "gru")
     },
-    "train": {"num_epochs": 2, "batch_size": 8, "warmup_steps": 2, "log_every_steps": 1},
+    "train": {"num_epochs": 2, "batch_size": 8, "scheduler": {"warmup_steps": 2}, "log_every_steps": 1},
     "generate": {"num_beams": 2, "max_length": 12},
     "blip": {
         "num_beams": 1,

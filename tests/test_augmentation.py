@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from captioning import augmentation
 from captioning.augmentation import CHANGES, NUM_DRAWS, Augmenter, mentions_side, survives_mirror
-from captioning.params import AugmentationParams
+from captioning.train_params import AugmentationParams
 
 ROOT = Path(__file__).parents[1]
 NEVER, ALWAYS = dict.fromkeys(CHANGES, 0.0), dict.fromkeys(CHANGES, 1.0)

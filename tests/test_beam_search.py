@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import ALL_DECODERS, small_decoder
+from conftest import PLAIN, VARIANTS, small_decoder
 
 from captioning.beam_search import beam_search
 from captioning.decoders import Decoder
@@ -68,9 +68,9 @@ def plain(decoder, image, num_beams, max_length, penalty, no_repeat_trigram) -> 
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0, -0.5])
-@pytest.mark.parametrize(("kind", "attention"), [("lstm", "bahdanau"), ("gru", "luong_general")])
-def test_a_beam_as_wide_as_the_space_is_exhaustive(kind, attention, penalty, features) -> None:
-    decoder = small_decoder(kind, attention, vocabulary_size=7, seed=3)
+@pytest.mark.parametrize("variant", ["lstm-bahdanau", "gru-luong_general", "lstm-none-zeros", "transformer-learned"])
+def test_a_beam_as_wide_as_the_space_is_exhaustive(variant, penalty, features) -> None:
+    decoder = small_decoder(variant, vocabulary_size=7, seed=3)
     found = beam_search(decoder, features, num_beams=4**4, max_length=4, length_penalty=penalty)
     for image, hypothesis in zip(features, found, strict=True):
         tokens, score = exhaustive(decoder, image, 7, 4, penalty)
@@ -78,11 +78,13 @@ def test_a_beam_as_wide_as_the_space_is_exhaustive(kind, attention, penalty, fea
         assert hypothesis.score == pytest.approx(score, rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "attention"), ALL_DECODERS)
-@pytest.mark.parametrize("num_beams", [1, 2, 3, 5, 11])
-def test_the_batch_equals_one_plain_search_an_image(kind, attention, num_beams, features) -> None:
+@pytest.mark.parametrize(
+    ("variant", "num_beams"),
+    [(variant, beams) for variant in (*PLAIN, "transformer") for beams in (1, 2, 5, 11)] + [(v, 3) for v in VARIANTS],
+)
+def test_the_batch_equals_one_plain_search_an_image(variant, num_beams, features) -> None:
     for seed, penalty, no_repeat in [(0, 1.0, False), (1, 0.0, True), (2, 0.7, True), (3, -1.0, False)]:
-        decoder = small_decoder(kind, attention, seed=seed)
+        decoder = small_decoder(variant, seed=seed)
         with torch.no_grad():
             decoder.output.bias[EOS] += 1.0 - seed  # some models end early, some hardly ever
         found = beam_search(decoder, features, num_beams, 8, penalty, no_repeat)
@@ -127,8 +129,9 @@ def test_no_trigram_occurs_twice(features) -> None:
     assert not any(repeats_trigram(h.token_ids) for h in held)
 
 
-def test_attention_follows_the_chosen_beam(features) -> None:
-    decoder = small_decoder("gru", "luong_general")
+@pytest.mark.parametrize("variant", ["gru-luong_general", "lstm-bahdanau-all", "transformer"])
+def test_attention_follows_the_chosen_beam(variant, features) -> None:
+    decoder = small_decoder(variant)
     for image, hypothesis in zip(features, beam_search(decoder, features, 4, 6), strict=True):
         memory, state = decoder.remember(image[None])
         for word, weights in zip(

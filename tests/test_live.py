@@ -26,8 +26,8 @@ from captioning.extraction import extract_features
 from captioning.generation import search_store
 from captioning.live import ImageStore, LiveBatches, LiveCaptioner
 from captioning.loop import Journal
-from captioning.params import AugmentationParams
 from captioning.shards import ShardWriter
+from captioning.train_params import AugmentationParams
 from captioning.vocabulary import Vocabulary
 
 CAPTIONS = ["red circle", "blue square on the left", "green circle", "red square", "blue circle", "green square"]
@@ -75,7 +75,20 @@ def build_task(make: Any, decoder: Any, num_epochs: int = 3, parts: Any = ()) ->
 
 def build_recurrent(encoder: Encoder) -> Any:
     training.seed_everything(1, True)
-    return build_decoder(DecoderConfig("lstm", "bahdanau", len(vocabulary()), encoder.encoder_dim, 8, 16, 8, 8, 0.1))
+    return build_decoder(
+        DecoderConfig(
+            type="lstm",
+            attention="bahdanau",
+            context_gate=True,
+            vocabulary_size=len(vocabulary()),
+            encoder_dim=encoder.encoder_dim,
+            embedding_dim=8,
+            hidden_dim=16,
+            attention_dim=8,
+            region_dim=8,
+            dropout=0.1,
+        )
+    )
 
 
 def live_task(

@@ -23,6 +23,7 @@ def model(tmp_path_factory):
     config = DecoderConfig(
         type="lstm",
         attention="bahdanau",
+        context_gate=True,
         vocabulary_size=len(vocabulary),
         encoder_dim=1280,
         embedding_dim=8,

@@ -59,8 +59,8 @@ def test_unknown_keys_are_named_with_their_path(tree) -> None:
         ("train.num_epochs", 0, "train.num_epochs: Input should be greater than 0"),
         ("train.clip_norm", float("nan"), "train.clip_norm"),
         ("decoder_settings.lstm.dropout", 1.5, "decoder_settings.lstm.dropout: Input should be less than 1"),
-        ("decoder_settings.lstm.attention", "luong", "decoder_settings.lstm.attention: Input should be 'bahdanau'"),
-        ("decoders", ["lstm", "transformer"], "'transformer' has no decoder_settings.transformer"),
+        ("decoder_settings.lstm.attention", "luong", "decoder_settings.lstm.attention: Input should be 'none'"),
+        ("decoders", ["lstm", "rnn"], "'rnn' has no decoder_settings.rnn"),
         ("decoders", ["lstm", "lstm"], "stands twice"),
         ("encoders", ["../x"], "letters, digits and underscores"),
         ("data.sources", ["flickr9k"], "unknown source 'flickr9k'. Did you mean 'flickr8k'?"),
@@ -76,6 +76,59 @@ def test_wrong_values_are_refused_by_path(tree, path, value, message) -> None:
     with pytest.raises(CapstanError) as caught:
         parse_params(tree)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (
+            "lstm",
+            {"attention": "none"},
+            "lstm: attention none has no attention_dim: set it to null; attention none has no",
+        ),
+        ("lstm", {"attention": "none", "attention_dim": None}, "attention none has no context_gate: set it to false"),
+        (
+            "gru",
+            {"attention": "none", "doubly_stochastic": 1.0},
+            "attention none has no doubly_stochastic: set it to 0",
+        ),
+        ("gru", {"attention": "none", "input_feeding": True}, "attention none has no input_feeding: set it to false"),
+        ("lstm", {"attention_dim": None}, "lstm: attention bahdanau needs attention_dim"),
+        (
+            "gru",
+            {"attention": "luong_dot", "region_dim": 99},
+            "luong_dot needs region_dim (99) equal to hidden_dim (384)",
+        ),
+        ("gru", {"tied_embeddings": True}, "tied_embeddings needs embedding_dim (256) equal to hidden_dim (384)"),
+        ("gru", {"embeddings": "glove_6B_50d"}, "embeddings glove_6B_50d needs embedding_dim 50, not 256"),
+        ("transformer", {"num_heads": 3}, "transformer: num_heads (3) does not divide hidden_dim (256)"),
+        ("transformer", {"num_positions": None}, "positions learned needs num_positions"),
+        ("transformer", {"positions": "sinusoidal"}, "positions sinusoidal have no num_positions: set it to null"),
+        ("transformer", {"num_positions": 29}, "num_positions (29) is less than generate.max_length (30)"),
+        ("transformer", {"input_feeding": True}, "transformer.input_feeding: unknown key (of lstm, gru only)"),
+        ("transformer", {"num_head": 4}, "transformer.num_head: unknown key (did you mean num_heads?)"),
+        ("gru", {"num_heads": 4}, "decoder_settings.gru.num_heads: unknown key (of transformer only)"),
+        ("gru", {"input_feding": True}, "gru.input_feding: unknown key (did you mean input_feeding?)"),
+        (
+            "gru",
+            {"type": "gruu"},
+            "gru.type: unknown decoder type 'gruu'. Did you mean 'gru'? Choices: gru, lstm, trans",
+        ),
+    ],
+)
+def test_decoders_refuse_what_does_not_go_together(tree, name, changes, message) -> None:
+    tree["decoders"] = ["lstm", "gru", "transformer"]
+    tree["decoder_settings"][name] |= changes
+    with pytest.raises(CapstanError) as caught:
+        parse_params(tree)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["type", "num_layers"])
+def test_missing_keys_of_a_union_are_named(tree, key) -> None:
+    del tree["decoder_settings"]["transformer"][key]
+    with pytest.raises(CapstanError, match=f"decoder_settings.transformer.{key}: missing; every key must stand"):
+        parse_params(tree)
 
 
 def test_missing_keys_are_named(tree) -> None:

@@ -17,12 +17,11 @@ from captioning.datasets import CaptionBatches, FeatureStore
 from captioning.decoders import DecoderConfig, build_decoder
 from captioning.distributed import ALONE
 from captioning.errors import CapstanError
-from captioning.evaluation import GreedyCider, evaluate_loss
+from captioning.evaluation import GreedyCider, foresee
 from captioning.interruption import Interrupted
 from captioning.loop import Journal, Loop
 from captioning.optimization import seed_step
-from captioning.params import TrainParams
-from captioning.schedules import cosine_with_warmup
+from captioning.train_params import TrainParams
 from captioning.vocabulary import Vocabulary
 
 WORDS = "red blue green circle square".split()
@@ -30,9 +29,11 @@ WORDS = "red blue green circle square".split()
 
 def settings(**changes) -> TrainParams:
     values = dict(
-        num_processes=1, encoder_mode="cached", augmentation=None, gradient_checkpointing=False,
-        num_epochs=25, batch_size=4, weight_decay=0.01, warmup_steps=5, label_smoothing=0.0,
-        clip_norm=5.0, log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
+        num_processes=1, encoder_mode="cached", augmentation=None, gradient_checkpointing=False, num_epochs=25,
+        batch_size=4, accumulate_steps=1, optimizer={"name": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.01},
+        scheduler={"name": "cosine", "warmup_steps": 5, "min_factor": 0.0}, label_smoothing=0.0, eos_suppression=None,
+        scheduled_sampling=None, clip_norm=5.0, clip_value=None, ema_decay=None, select_by="CIDEr", early_stopping=None,
+        log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
     )  # fmt: skip
     return TrainParams(**(values | changes))
 
@@ -50,7 +51,20 @@ def build(folder, world=ALONE, log=lambda *entry: None, dropout=0.1, **changes):
     cider = GreedyCider(store, [a.captions for a in images], vocabulary, 8)
     values = settings(**changes)
     training.seed_everything(values.seed, values.deterministic)
-    decoder = build_decoder(DecoderConfig("lstm", "bahdanau", len(vocabulary), 6, 16, 32, 16, 16, dropout))
+    decoder = build_decoder(
+        DecoderConfig(
+            type="lstm",
+            attention="bahdanau",
+            context_gate=True,
+            vocabulary_size=len(vocabulary),
+            encoder_dim=6,
+            embedding_dim=16,
+            hidden_dim=32,
+            attention_dim=16,
+            region_dim=16,
+            dropout=dropout,
+        )
+    )
     journal = Journal(log)
     task = training.DecoderTask(decoder, batches, batches, cider, values, 0.02, journal, world)
     return task, journal
@@ -65,7 +79,7 @@ def run(task, journal, keeper=None, world=ALONE) -> Loop:
 def test_it_learns_and_keeps_the_best(tmp_path) -> None:
     logged: list[tuple[int, dict[str, float]]] = []
     task, journal = build(tmp_path, log=lambda *entry: logged.append(entry))
-    before = evaluate_loss(task.decoder, task.val, task.device)
+    before = foresee(task.decoder, task.val, task.device).loss
     loop = run(task, journal)
     ciders = [record["val_CIDEr"] for record in task.history]
     assert task.history[-1]["val_loss"] < before / 4
@@ -178,7 +192,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     task, journal = build(tmp_path, num_epochs=2)
     poison(task, {1, 3}, monkeypatch)
     before = []
-    real = task.stepper.step
+    real = task.stepper.step_over
 
     def step(*arguments):
         weights = [p.clone() for p in task.stepper.parameters]
@@ -186,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
         before.append((finite, all(torch.equal(a, b) for a, b in zip(weights, task.stepper.parameters, strict=True))))
         return value, finite, stop
 
-    monkeypatch.setattr(task.stepper, "step", step)
+    monkeypatch.setattr(task.stepper, "step_over", step)
     loop = run(task, journal)
     assert [finite for finite, _ in before] == [True, False, True, False, True, True]
     assert all(finite != unchanged for finite, unchanged in before)
@@ -221,16 +235,3 @@ def test_randomness_of_a_step_is_a_pure_function(tmp_path) -> None:
     places = [(1, 0, 0), (1, 1, 0), (2, 0, 0), (1, 0, 1)]
     found = [draw(*place) for place in places]
     assert found == [draw(*place) for place in places] and len(set(found)) == 4
-
-
-def test_cosine_schedule_against_torchs() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90)
-    for step in range(10, 100):
-        assert cosine_with_warmup(step, 10, 100) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        reference.step()
-    warmup = [cosine_with_warmup(step, 10, 100) for step in range(10)]
-    assert np.allclose(np.diff(warmup), 1 / 11) and warmup[0] == pytest.approx(1 / 11)
-    assert cosine_with_warmup(100, 10, 100) == cosine_with_warmup(500, 10, 100) == 0

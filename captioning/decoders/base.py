@@ -13,19 +13,37 @@ State = tuple[Tensor, ...]
 """What a decoder carries from step to step; every tensor is (images, beams, …), so that beams can be picked."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A decoder's architecture: all that is needed to rebuild it and load its weights."""
+    """A decoder's architecture: all that is needed to rebuild it and load its weights.
+
+    Types share one flat record, which JSON holds as it is; what a type has not stays at its default. The fields are
+    explained in `captioning.decoder_params`, which refuses what does not go together.
+    """
 
     type: str
-    attention: str
     vocabulary_size: int
     encoder_dim: int
-    embedding_dim: int
     hidden_dim: int
-    attention_dim: int
-    region_dim: int | None
+    num_layers: int = 1
+    tied_embeddings: bool = False
     dropout: float
+    # Recurrent decoders
+    attention: str = "none"
+    embedding_dim: int = 0
+    embeddings: str | None = None
+    attention_dim: int | None = None
+    region_dim: int | None = None
+    input_feeding: bool = False
+    context_gate: bool = False
+    initial_from_mean: bool = True
+    doubly_stochastic: float = 0.0
+    # Transformers
+    num_heads: int = 0
+    feedforward_dim: int = 0
+    num_encoder_layers: int = 0
+    positions: str = "sinusoidal"
+    num_positions: int | None = None
 
 
 class Memory(NamedTuple):
@@ -51,12 +69,20 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
+    max_steps: int | None = None
+    """Longest caption it can read, bos counted; None: any."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first batch, also where a run goes on in its middle: a pure function of `epoch`."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (num_tokens, vocabulary_size) for `batch.packed_targets`."""
+        raise NotImplementedError
+
+    def forward_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`forward`'s logits, and how much attention each region got over a caption's words: (num_captions,
+        num_regions), float32 at least. For `attention.doubly_stochastic`; decoders whose settings have that key offer
+        it."""
         raise NotImplementedError
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
@@ -67,3 +93,9 @@ class Decoder(nn.Module):
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:
         """Reads one word for each beam, token_ids (images, beams), and scores the next."""
         raise NotImplementedError
+
+
+def lay_out(packed: Tensor, batch: Batch) -> Tensor:
+    """(num_tokens, dim) in the order of `batch.places` → (images, captions, steps, dim), zeros where no token is."""
+    laid_out = packed.new_zeros(batch.targets.numel(), packed.shape[1]).index_copy(0, batch.places, packed)
+    return laid_out.view(*batch.targets.shape, -1)

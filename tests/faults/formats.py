@@ -128,6 +128,7 @@ def make_model() -> Path:
     config = DecoderConfig(
         type="lstm",
         attention="bahdanau",
+        context_gate=True,
         vocabulary_size=len(vocabulary),
         encoder_dim=8,
         embedding_dim=4,
