@@ -52,12 +52,18 @@ def _decode(path: Path) -> Any:
 
 
 def merge(base: Any, overlay: Any) -> None:
-    """Writes the overlay's values into the base in place: mappings merge, anything else replaces."""
+    """Writes the overlay's values into the base in place: mappings merge, anything else replaces. So does a mapping of
+    another `name` or `type` (an optimizer's, a decoder's): it has other keys."""
     for key, value in overlay.items():
-        if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merge(base[key], value)
+        old = base.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and not _differs_in_kind(old, value):
+            merge(old, value)
         else:
             base[key] = value
+
+
+def _differs_in_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return any(kind in new and new[kind] != old.get(kind) for kind in ("name", "type"))
 
 
 def apply_recipe(recipe: Path, params: Path) -> None:
@@ -78,7 +84,11 @@ def apply_recipe(recipe: Path, params: Path) -> None:
         known = ", ".join(str(path) for path in sorted(recipe.parent.glob("*.yaml"))) or "none here"
         raise CapstanError(f"{recipe} is missing; recipes: {known}")
     yaml = YAML()
-    yaml.width = 150
+    yaml.width, yaml.preserve_quotes = 150, True
+    # a key without a value looks like one that was forgotten
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
     tree = yaml.load(params)
     merge(tree, YAML(typ="safe", pure=True).load(recipe))
     buffer = io.StringIO()
