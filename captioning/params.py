@@ -18,6 +18,7 @@ from captioning.errors import CapstanError, unknown_name
 from captioning.param_errors import explain
 from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
 from captioning.source_params import SourceSettings
+from captioning.tokenizer_params import TokenizerSettings
 from captioning.train_params import TrainParams
 
 
@@ -49,10 +50,11 @@ class DownloadParams(Section):
 
 class PrepareParams(Section):
     lowercase: bool
-    min_frequency: Positive
-    """A word that occurs less often in the train split becomes `<unk>`."""
+    max_sentences: Positive | None
+    """The first so many sentences of a caption are kept; null: all."""
+    tokenizer: TokenizerSettings
     max_length_percentile: Annotated[float, Field(gt=0, le=100)]
-    """The maximum caption length, in words, is this percentile of the train captions' lengths."""
+    """The maximum caption length, in tokens, is this percentile of the train captions' lengths."""
     num_samples: Count
     """Test images whose thumbnails are kept for the report."""
     seed: int
@@ -93,10 +95,11 @@ class GenerateParams(Section):
     length_penalty: float
     """Scores are divided by length ** length_penalty (0: plain log-probability)."""
     min_length: Count
-    """Words: no caption ends before."""
+    """Tokens: no caption ends before."""
     max_length: Positive
-    """Words, without bos and eos."""
+    """Tokens (words, or pieces of words: `prepare.tokenizer`), without bos and eos."""
     no_repeat_trigram: bool
+    """No three tokens in a row occur twice in a caption."""
     batch_size: Positive
 
     @model_validator(mode="after")
@@ -231,6 +234,16 @@ class Params(Section):
                     settings.check_lengths(self.generate.max_length)
                 except ValueError as error:
                     raise ValueError(f"decoder_settings.{name}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _word_vectors_have_words(self) -> Params:
+        for name in self.decoders if self.prepare.tokenizer.name != "words" else ():
+            if getattr(self.decoder_settings.get(name), "embeddings", None) is not None:
+                raise ValueError(
+                    f"decoder_settings.{name}.embeddings: vectors of words do not fit prepare.tokenizer "
+                    f"{self.prepare.tokenizer.name}: set embeddings to null, or the tokenizer to words"
+                )
         return self
 
     def captioners(self) -> list[str]:

@@ -13,18 +13,25 @@ from captioning import shards
 from captioning.annotations import Annotation, NamedBox
 from captioning.errors import CapstanError
 from captioning.paths import SPLITS
+from captioning.sentences import first_sentences
+from captioning.tokenization import start_vocabulary
+from captioning.tokenizer_params import TokenizerSettings
 from captioning.vocabulary import Vocabulary, clean_caption
 
 
-def read_ledger(path: Path, lowercase: bool) -> list[Annotation]:
+def read_ledger(path: Path, lowercase: bool, max_sentences: int | None = None) -> list[Annotation]:
     """Annotations of all images that were fetched and have a caption with at least one word.
+
+    Args:
+        max_sentences: the first so many of each caption are kept; None: all.
 
     Raises:
         CapstanError: the ledger is damaged, an image id stands twice, or a split has no usable image.
     """
     annotations = []
     for row in shards.read_ledger(path):
-        captions = [clean_caption(caption, lowercase) for caption in row.captions]
+        kept = [first_sentences(text, max_sentences) if max_sentences else text for text in row.captions]
+        captions = [clean_caption(caption, lowercase) for caption in kept]
         captions = [caption for caption in captions if caption]
         if row.status == shards.SUCCESS and captions:
             boxes = [NamedBox.model_validate(box) for box in json.loads(row.boxes)]
@@ -43,18 +50,25 @@ def read_ledger(path: Path, lowercase: bool) -> list[Annotation]:
 
 
 def build_vocabulary(
-    train: list[Annotation], min_frequency: int, max_length_percentile: float, lowercase: bool
+    train: list[Annotation], tokenizer: TokenizerSettings, max_length_percentile: float, lowercase: bool
 ) -> Vocabulary:
-    """The train split's vocabulary, with the maximum caption length at a percentile of the train captions' lengths."""
+    """The train split's vocabulary, with the maximum caption length, in tokens, at a percentile of the train captions'
+    lengths."""
     captions = [caption for annotation in train for caption in annotation.captions]
-    lengths = [len(caption.split()) for caption in captions]
-    max_length = int(np.ceil(np.percentile(lengths, max_length_percentile)))
-    return Vocabulary.build(captions, min_frequency, max_length, lowercase)
+    vocabulary = start_vocabulary(captions, tokenizer, max_length=1, lowercase=lowercase)
+    lengths = [len(vocabulary.encode(caption)) for caption in captions]
+    vocabulary.max_length = int(np.ceil(np.percentile(lengths, max_length_percentile)))
+    return vocabulary
 
 
 def summarise(annotations: list[Annotation], vocabulary: Vocabulary) -> dict[str, Any]:
-    """Statistics of one set of annotations; only numbers, so that `dvc metrics diff` shows them."""
-    captions = [caption.split() for annotation in annotations for caption in annotation.captions]
+    """Statistics of one set of annotations; only numbers, so that `dvc metrics diff` shows them.
+
+    All count words, whatever the tokenizer, but `mean_tokens`, and `too_long_rate`: what training cuts off.
+    """
+    texts = [caption for annotation in annotations for caption in annotation.captions]
+    captions = [caption.split() for caption in texts]
+    num_tokens = np.array([len(vocabulary.encode(caption)) for caption in texts])
     lengths = np.array([len(words) for words in captions])
     words = [word for caption in captions for word in caption]
     return {
@@ -64,9 +78,10 @@ def summarise(annotations: list[Annotation], vocabulary: Vocabulary) -> dict[str
         "num_words": len(words),
         "num_distinct_words": len(set(words)),
         "mean_length": round(float(lengths.mean()), 3),
+        "mean_tokens": round(float(num_tokens.mean()), 3),
         "median_length": float(np.median(lengths)),
         "max_length": int(lengths.max()),
-        "too_long_rate": round(float((lengths > vocabulary.max_length).mean()), 6),
+        "too_long_rate": round(float((num_tokens > vocabulary.max_length).mean()), 6),
         "unknown_rate": round(sum(word not in vocabulary for word in words) / len(words), 6),
         "length_histogram": {str(length): count for length, count in sorted(Counter(lengths.tolist()).items())},
     }

@@ -154,13 +154,24 @@ def _to_map(row: Row, captioner: Captioner) -> NDArray[np.float16]:
     return np.where(total > 0, weights / np.maximum(total, 1e-6), 1 / (height * width)).astype(np.float16)
 
 
+def _by_word(words: list[tuple[str, list[int]]], weights: NDArray[np.float16]) -> tuple[list[str], NDArray[np.float16]]:
+    """Whole words with their tokens' positions, and a row of weights a token → the words, and a row for each: where a
+    word was said in pieces, the mean of theirs."""
+    import numpy as np
+
+    rows = [weights[places].mean(0, dtype=np.float32).astype(np.float16) for _, places in words]
+    return [word for word, _ in words], np.stack(rows) if rows else weights
+
+
 def _publish(rows: list[Row], captioner: Captioner, captions_out: Path, attention_out: Path) -> None:
     from captioning.attention_maps import write_attention_maps
 
-    words, decode = captioner.vocabulary.words, captioner.vocabulary.decode
-    maps = ((row["image_id"], [words[i] for i in row["token_ids"]], _to_map(row, captioner)) for row in rows)
+    vocabulary = captioner.vocabulary
+    maps = ((row["image_id"], *_by_word(vocabulary.join(row["token_ids"]), _to_map(row, captioner))) for row in rows)
     write_attention_maps(attention_out, captioner.grid, maps)
-    storage.write_json(captions_out, [{"image_id": r["image_id"], "caption": decode(r["token_ids"])} for r in rows])
+    storage.write_json(
+        captions_out, [{"image_id": r["image_id"], "caption": vocabulary.decode(r["token_ids"])} for r in rows]
+    )
 
 
 def main() -> None:

@@ -15,32 +15,30 @@ from captioning.work import fingerprint, open_work
 
 if TYPE_CHECKING:
     from captioning.annotations import Annotation
+    from captioning.params import PrepareParams
 
 THUMBNAIL_PX = 224
 
 
-def prepare(
-    shards: Path,
-    out: Path,
-    statistics_out: Path,
-    lowercase: bool,
-    min_frequency: int,
-    max_length_percentile: float,
-    num_samples: int,
-    seed: int,
-) -> None:
+def prepare(shards: Path, out: Path, statistics_out: Path, settings: PrepareParams) -> None:
     """Reads the ledger of `shards`; writes `<split>.json`, `images.json`, `vocabulary.json`, `samples/`, statistics."""
     from captioning import preparation
     from captioning.annotations import dump_annotations
+    from captioning.tokenization import check_files
 
-    settings = [lowercase, min_frequency, max_length_percentile, num_samples, seed]
-    name = fingerprint("prepare", settings, [shards / paths.LEDGER.name], ["numpy", "pillow"])
+    inputs = [shards / paths.LEDGER.name, *check_files(settings.tokenizer)]
+    described = settings.model_dump(mode="json")
+    name = fingerprint("prepare", described, inputs, ["numpy", "pillow", "tokenizers"])
     with open_work("prepare", name, about={"shards": str(shards)}) as work:
-        annotations = preparation.read_ledger(shards / paths.LEDGER.name, lowercase)
+        annotations = preparation.read_ledger(shards / paths.LEDGER.name, settings.lowercase, settings.max_sentences)
         by_split = {split: [a for a in annotations if a.split == split] for split in paths.SPLITS}
-        vocabulary = preparation.build_vocabulary(by_split["train"], min_frequency, max_length_percentile, lowercase)
+        vocabulary = preparation.build_vocabulary(
+            by_split["train"], settings.tokenizer, settings.max_length_percentile, settings.lowercase
+        )
         samples = work.folder / "samples"
-        _write_thumbnails(shards, preparation.choose_samples(by_split["test"], num_samples, seed), samples)
+        _write_thumbnails(
+            shards, preparation.choose_samples(by_split["test"], settings.num_samples, settings.seed), samples
+        )
         for split, members in by_split.items():
             storage.write_json(out / f"{split}.json", dump_annotations(members))
         images = [annotation.model_dump(exclude={"captions", "boxes"}) for annotation in annotations]
@@ -55,7 +53,7 @@ def prepare(
         print(
             f"{split}: {part['num_images']} images, {part['num_captions']} captions, {part['unknown_rate']:.2%} unknown"
         )
-    print(f"vocabulary: {len(vocabulary)} words, captions of at most {vocabulary.max_length} words")
+    print(f"vocabulary: {len(vocabulary)} {vocabulary.unit}, captions of at most {vocabulary.max_length}")
 
 
 def _write_thumbnails(shards: Path, samples: list[Annotation], folder: Path) -> None:
@@ -85,7 +83,7 @@ def main() -> None:
     params = load_params()
     with stage.running(params):
         shards = paths.require(paths.LEDGER, "download").parent
-        prepare(shards, paths.PREPARED, paths.STATISTICS, **params.prepare.model_dump())
+        prepare(shards, paths.PREPARED, paths.STATISTICS, params.prepare)
 
 
 if __name__ == "__main__":

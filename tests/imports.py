@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 HEALTH = ("alerts", "health_records", "monitoring", "probes", "thresholds")
-PARAMS = ("decoder_params", "param_errors", "param_types", "params", "source_params", "train_params")
+PARAMS = (
+    *("decoder_params", "param_errors", "param_types", "params"),
+    *("source_params", "tokenizer_params", "train_params"),
+)
 PLUMBING = {
     f"captioning/{name}.py"
     for name in ("__init__", "errors", "interruption", "orphans", "paths", "progress", "stage", *PARAMS, *HEALTH)

@@ -45,11 +45,16 @@ def start_decoder(config: DecoderConfig, vocabulary: Vocabulary) -> Decoder:
     Raises:
         CapstanError: the captions are longer than the decoder can read, or the vectors cannot be read or do not fit.
     """
+    if config.embeddings is not None and vocabulary.tokenizer != "words":
+        raise CapstanError(
+            f"embeddings: {config.embeddings} has vectors of words, and the vocabulary holds pieces "
+            f"({vocabulary.tokenizer}): set embeddings to null, or prepare.tokenizer to words"
+        )
     decoder = build_decoder(config)
     longest = vocabulary.max_length + 1  # bos
     if decoder.max_steps is not None and decoder.max_steps < longest:
         raise CapstanError(
-            f"captions of up to {vocabulary.max_length} words need num_positions of {longest} or more, not "
+            f"captions of up to {vocabulary.max_length} {vocabulary.unit} need num_positions of {longest} or more, not "
             f"{decoder.max_steps}: raise it in decoder_settings, or lower prepare.max_length_percentile"
         )
     if config.embeddings is not None:
