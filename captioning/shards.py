@@ -115,9 +115,10 @@ def read_ledger_part(path: Path) -> tuple[list[LedgerRow], dict[str, str]]:
     metadata = read_ledger_metadata(path)
     try:
         rows = [LedgerRow(**row) for row in pq.read_table(path).to_pylist()]
-    except Exception as error:  # noqa: BLE001  pyarrow raises several types on damaged bytes
+        digest = _digest_rows(rows)
+    except Exception as error:  # noqa: BLE001  pyarrow raises several types on damaged bytes, or reads another type
         raise DamagedError(f"{path} is damaged ({error!s:.200})") from error
-    if _digest_rows(rows) != metadata[ROWS]:
+    if digest != metadata[ROWS]:
         raise DamagedError(f"{path} is damaged: its rows have another digest")
     return rows, metadata
 
