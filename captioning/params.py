@@ -15,8 +15,9 @@ from ruamel.yaml.error import YAMLError
 from captioning import paths
 from captioning.decoder_params import DecoderSettings, TransformerSettings
 from captioning.errors import CapstanError, unknown_name
+from captioning.heuristics import check_optimizer
 from captioning.param_errors import explain
-from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
+from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, PositiveOrAuto, Rate, Section
 from captioning.source_params import SourceSettings
 from captioning.train_params import TrainParams
 
@@ -49,8 +50,8 @@ class DownloadParams(Section):
 
 class PrepareParams(Section):
     lowercase: bool
-    min_frequency: Positive
-    """A word that occurs less often in the train split becomes `<unk>`."""
+    min_frequency: PositiveOrAuto
+    """A word that occurs less often in the train split becomes `<unk>`. `auto`: by the number of its captions."""
     max_length_percentile: Annotated[float, Field(gt=0, le=100)]
     """The maximum caption length, in words, is this percentile of the train captions' lengths."""
     num_samples: Count
@@ -229,6 +230,17 @@ class Params(Section):
             if isinstance(settings, TransformerSettings):
                 try:
                     settings.check_lengths(self.generate.max_length)
+                except ValueError as error:
+                    raise ValueError(f"decoder_settings.{name}: {error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _rates_can_be_found(self) -> Params:
+        for name in self.decoders:
+            settings = self.decoder_settings.get(name)
+            if settings is not None and settings.learning_rate == "auto":
+                try:
+                    check_optimizer(self.train.optimizer.name)
                 except ValueError as error:
                     raise ValueError(f"decoder_settings.{name}: {error}") from None
         return self

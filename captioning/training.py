@@ -16,17 +16,18 @@ from captioning.averaging import Average
 from captioning.datasets import CaptionBatches, Share, epoch_order, largest, pieces
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
+from captioning.errors import CapstanError
 from captioning.evaluation import GreedyCider, Tally, foresee
 from captioning.loop import Journal, Outcome
 from captioning.losses import cross_entropy
 from captioning.memory import Fitting
 from captioning.optimization import Named, Stepper, build_optimizer, seed_step
-from captioning.params import TrainParams
 from captioning.penalties import run_with_penalties
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.scheduled_sampling import mix_in_own_words
 from captioning.schedules import Course, learning_rate_factor, sampling_probability
 from captioning.selection import Best, is_enough, score_of
+from captioning.train_params import PlainTrainParams
 
 ENCODER = "encoder."
 """Begins the names of an encoder's parameters in live mode."""
@@ -57,7 +58,7 @@ class DecoderTask:
         train: CaptionBatches,
         val: CaptionBatches,
         val_cider: GreedyCider,
-        settings: TrainParams,
+        settings: PlainTrainParams,
         learning_rate: float,
         journal: Journal,
         world: World = ALONE,
@@ -68,7 +69,7 @@ class DecoderTask:
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
-        self.settings, self.journal, self.world = settings, journal, world
+        self.settings, self.learning_rate, self.journal, self.world = settings, learning_rate, journal, world
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, -(-len(train) // settings.accumulate_steps)
         own = [(name, p) for name, p in decoder.named_parameters() if not name.startswith(ENCODER)]
         optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
@@ -204,6 +205,15 @@ class DecoderTask:
     def is_early(self) -> bool:
         return self.num_epochs < self.settings.num_epochs
 
+    @property
+    def resolved(self) -> dict[str, float]:
+        """What `auto` in params.yaml may stand for."""
+        return {
+            "batch_size": self.settings.batch_size,
+            "num_epochs": self.settings.num_epochs,
+            "learning_rate": self.learning_rate,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "decoder": self.decoder.state_dict(),
@@ -212,9 +222,16 @@ class DecoderTask:
             "best": self.best.state_dict(),
             "images_at_once": {work: fitting.num_images for work, fitting in self.fittings.items()},
             "history": self.history,
+            "resolved": self.resolved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CapstanError: the state is that of a run with other sizes."""
+        if state["resolved"] != self.resolved:
+            raise CapstanError(
+                f"the checkpoint is of a run with {state['resolved']}, and auto now gives {self.resolved}: other "
+                "hardware? To start over, remove the run's folder in .work/train."
+            )
         self.decoder.load_state_dict(state["decoder"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

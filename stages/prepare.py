@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from captioning import paths, stage, storage
 from captioning.work import fingerprint, open_work
@@ -24,7 +24,7 @@ def prepare(
     out: Path,
     statistics_out: Path,
     lowercase: bool,
-    min_frequency: int,
+    min_frequency: int | Literal["auto"],
     max_length_percentile: float,
     num_samples: int,
     seed: int,
@@ -32,13 +32,18 @@ def prepare(
     """Reads the ledger of `shards`; writes `<split>.json`, `images.json`, `vocabulary.json`, `samples/`, statistics."""
     from captioning import preparation
     from captioning.annotations import dump_annotations
+    from captioning.heuristics import resolve_min_frequency
 
     settings = [lowercase, min_frequency, max_length_percentile, num_samples, seed]
     name = fingerprint("prepare", settings, [shards / paths.LEDGER.name], ["numpy", "pillow"])
     with open_work("prepare", name, about={"shards": str(shards)}) as work:
         annotations = preparation.read_ledger(shards / paths.LEDGER.name, lowercase)
         by_split = {split: [a for a in annotations if a.split == split] for split in paths.SPLITS}
-        vocabulary = preparation.build_vocabulary(by_split["train"], min_frequency, max_length_percentile, lowercase)
+        num_captions = sum(len(annotation.captions) for annotation in by_split["train"])
+        threshold = resolve_min_frequency(min_frequency, num_captions)
+        if threshold != min_frequency:
+            print(f"min_frequency {threshold} (auto: {num_captions} captions in train)")
+        vocabulary = preparation.build_vocabulary(by_split["train"], threshold, max_length_percentile, lowercase)
         samples = work.folder / "samples"
         _write_thumbnails(shards, preparation.choose_samples(by_split["test"], num_samples, seed), samples)
         for split, members in by_split.items():
