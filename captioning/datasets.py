@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,39 @@ def collate(features: Tensor, captions: Sequence[Sequence[Sequence[int]]], vocab
         for c, words in enumerate(group):
             inputs[i, c, : len(words) + 1] = torch.tensor([vocabulary.bos_id, *words])
             targets[i, c, : len(words) + 1] = torch.tensor([*words, vocabulary.eos_id])
-    running = targets != vocabulary.pad_id  # (images, captions, steps)
+    return _lay_out(features[order], inputs, targets, vocabulary.pad_id)
+
+
+def part_of(batch: Batch, images: slice) -> Batch:
+    """Some of a batch's images, as a batch of their own: no wider and no longer than their captions."""
+    if images.start == 0 and images.stop >= len(batch.features):
+        return batch
+    running = batch.targets[images] != Vocabulary.pad_id  # (images, captions, steps)
+    width, num_steps = int(running[..., 0].sum(1).max()), int(running[:, 0].sum(1).max())
+    inputs, targets = (tensor[images, :width, :num_steps] for tensor in (batch.inputs, batch.targets))
+    return _lay_out(batch.features[images], inputs.contiguous(), targets.contiguous(), Vocabulary.pad_id)
+
+
+def pieces(share: Share, parts: Sequence[slice]) -> list[Share]:
+    """A share in parts of its images, each with the whole batch's `num_tokens`; parts beyond its end are left out."""
+    batch = share.batch
+    if batch is None:
+        return [share]
+    inside = [part for part in parts if part.start < len(batch.features)]
+    return [replace(share, batch=part_of(batch, part)) for part in inside]
+
+
+def largest(shares: Sequence[Share]) -> int:
+    """Images in the largest of them; 1 where none has any."""
+    return max([1, *(len(share.batch.features) for share in shares if share.batch is not None)])
+
+
+def _lay_out(features: Tensor, inputs: Tensor, targets: Tensor, pad_id: int) -> Batch:
+    """A batch of sorted images with sorted captions."""
+    running = targets != pad_id  # (images, captions, steps)
     layout = torch.arange(targets.numel()).view_as(targets)
     extents, kept, places, start = [], [], [], 0
-    for step in range(num_steps):
+    for step in range(targets.shape[-1]):
         rows, columns = int(running[:, 0, step].sum()), int(running[..., step].any(0).sum())
         extent = running[:rows, :columns, step].reshape(-1)
         kept.append(extent.nonzero().squeeze(1) + start)
@@ -147,7 +176,7 @@ def collate(features: Tensor, captions: Sequence[Sequence[Sequence[int]]], vocab
         extents.append((rows, columns))
         start += rows * columns
     found = torch.cat(places)
-    return Batch(features[order], inputs, targets, extents, torch.cat(kept), found, targets.view(-1)[found])
+    return Batch(features, inputs, targets, extents, torch.cat(kept), found, targets.view(-1)[found])
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:

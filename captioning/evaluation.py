@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from captioning.datasets import CaptionBatches, FeatureStore
+from captioning.datasets import CaptionBatches, FeatureStore, pieces
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
 from captioning.generation import search_store
+from captioning.memory import Fitting
 from captioning.metrics.cider import CiderD
 from captioning.metrics.words import simple_tokenize
 from captioning.vocabulary import Vocabulary
@@ -59,16 +60,36 @@ class Tally:
         return self.num_correct / self.num_tokens
 
 
+def foresee(
+    decoder: Decoder,
+    batches: CaptionBatches,
+    device: torch.device,
+    world: World = ALONE,
+    fitting: Fitting | None = None,
+) -> Tally:
+    """Teacher forcing over the split; the ranks share the images.
+
+    Args:
+        fitting: how many images at once fit into memory. Where they do not, all is done again with half as many: so
+            the last digits depend on where it ends, and not on the batch that did not fit.
+    """
+    most = -(-batches.size // world.num_processes)
+    fitting = fitting or Fitting(most, device)
+    return fitting.run(lambda parts: _foresee_mine(decoder, batches, device, world, parts), most).over(world)
+
+
 @torch.inference_mode()
-def foresee(decoder: Decoder, batches: CaptionBatches, device: torch.device, world: World = ALONE) -> Tally:
-    """Teacher forcing over the split; the ranks share the images."""
+def _foresee_mine(
+    decoder: Decoder, batches: CaptionBatches, device: torch.device, world: World, parts: list[slice]
+) -> Tally:
     decoder.eval()
     tally = Tally()
     for share in batches.epoch(world=world):
-        if share.batch is not None:
-            batch = share.batch.to(device)
-            tally.add(decoder(batch).float(), batch.packed_targets)
-    return tally.over(world)
+        for piece in pieces(share, parts):
+            if piece.batch is not None:
+                batch = piece.batch.to(device)
+                tally.add(decoder(batch).float(), batch.packed_targets)
+    return tally
 
 
 class GreedyCider:
@@ -78,16 +99,28 @@ class GreedyCider:
         self.store, self.vocabulary, self.size = store, vocabulary, size
         self.metric = CiderD([[simple_tokenize(caption) for caption in captions] for captions in references])
 
-    def __call__(self, decoder: Decoder, device: torch.device, world: World = ALONE, min_length: int = 0) -> float:
+    def __call__(
+        self,
+        decoder: Decoder,
+        device: torch.device,
+        world: World = ALONE,
+        min_length: int = 0,
+        fitting: Fitting | None = None,
+    ) -> float:
         """Scale as pycocoevalcap's, so 1.0 is a good captioner. Each rank captions its images; all score all.
 
         Args:
             min_length: words at least; at most the vocabulary's `max_length` counts.
+            fitting: as in `foresee`.
         """
         images, longest = world.part(len(self.store)), self.vocabulary.max_length
         least = min(min_length, longest)
-        found = search_store(decoder, self.store, device, images, self.size, 1, longest, min_length=least)
-        mine = [self.vocabulary.decode(hypothesis.token_ids) for hypothesis in found]
+
+        def caption(parts: list[slice]) -> list[str]:
+            found = search_store(decoder, self.store, device, images, parts[0].stop, 1, longest, min_length=least)
+            return [self.vocabulary.decode(hypothesis.token_ids) for hypothesis in found]
+
+        mine = (fitting or Fitting(self.size, device)).run(caption, max(1, min(self.size, len(images))))
         captions = [""] * len(self.store)
         for rank, part in enumerate(world.gather(json.dumps(mine).encode())):
             captions[rank :: world.num_processes] = json.loads(part)

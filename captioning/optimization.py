@@ -88,6 +88,8 @@ class Stepper:
         self.learning_rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.gradient_norm = math.nan
         """Of the last step, before clipping."""
+        self.was_short = False
+        """Whether some rank's memory was too small for its part of the last step in one piece: see `update`."""
         # fp16's range needs a scaled loss; bf16 and fp32 do not.
         self.scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=dtype == torch.float16)
 
@@ -96,14 +98,32 @@ class Stepper:
         return self.step_over([loss], factor, stop)
 
     def step_over(self, losses: Iterable[Tensor | None], factor: float, stop: bool = False) -> tuple[float, bool, bool]:
-        """Backward, reduce, clip, update.
+        """`backward`, then `update`."""
+        return self.update(self.backward(losses), factor, stop)
+
+    def backward(self, losses: Iterable[Tensor | None]) -> float:
+        """This rank's gradients, from zero, of a batch's loss. It waits for no other rank, so that it may be repeated
+        where it fails.
 
         Args:
             losses: of the batch's pieces, taken one after the other: a piece's graph is gone before the next is
                 computed. Each is this rank's part, so that the sum over pieces and ranks is the batch's loss; None: it
                 has no part.
+
+        Returns:
+            This rank's part of the loss.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._backward(losses)
+
+    def update(self, mine: float, factor: float, stop: bool = False, short: bool = False) -> tuple[float, bool, bool]:
+        """Reduce, clip, update.
+
+        Args:
+            mine: what `backward` returned.
             factor: of the learning rates, by the schedule.
             stop: this rank was asked to end.
+            short: this rank's memory was too small for its part in one piece; then `was_short` on all ranks.
 
         Returns:
             The batch's loss; whether the update was made (False: loss or gradient is not finite, nothing changed);
@@ -111,9 +131,8 @@ class Stepper:
         """
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        mine = self._backward(losses)
-        value, stops = self.world.sum_flat(self._gradients(), [mine, float(stop)])
+        value, stops, shorts = self.world.sum_flat(self._gradients(), [mine, float(stop), float(short)])
+        self.was_short = shorts > 0
         self.scaler.unscale_(self.optimizer)
         self.gradient_norm = self._clip()
         finite = math.isfinite(value) and math.isfinite(self.gradient_norm)

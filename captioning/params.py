@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from captioning import paths
 from captioning.decoder_params import DecoderSettings, TransformerSettings
 from captioning.errors import CapstanError, unknown_name
+from captioning.heuristics import check_optimizer
 from captioning.param_errors import explain
 from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
 from captioning.source_params import SourceSettings
@@ -244,6 +245,17 @@ class Params(Section):
                     f"decoder_settings.{name}.embeddings: vectors of words do not fit prepare.tokenizer "
                     f"{self.prepare.tokenizer.name}: set embeddings to null, or the tokenizer to words"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_can_be_found(self) -> Params:
+        for name in self.decoders:
+            settings = self.decoder_settings.get(name)
+            if settings is not None and settings.learning_rate == "auto":
+                try:
+                    check_optimizer(self.train.optimizer.name)
+                except ValueError as error:
+                    raise ValueError(f"decoder_settings.{name}: {error}") from None
         return self
 
     def captioners(self) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from captioning.errors import CapstanError
+from captioning.heuristics import resolve_min_frequency
 from captioning.tokenizer_params import TokenizerSettings, WordsTokenizer
 from captioning.vocabulary import SPECIAL, Vocabulary
 from captioning.wordpiece import CONTINUES, MAX_CHARACTERS, split_part, split_parts
@@ -27,7 +28,10 @@ def start_vocabulary(
         CapstanError: the given file cannot be read, is no vocab.txt, or has none of the captions' pieces.
     """
     if isinstance(settings, WordsTokenizer):
-        return Vocabulary.build(captions, settings.min_frequency, max_length, lowercase)
+        threshold = resolve_min_frequency(settings.min_frequency, len(captions))
+        if threshold != settings.min_frequency:
+            print(f"min_frequency {threshold} (auto: {len(captions)} captions in train)")
+        return Vocabulary.build(captions, threshold, max_length, lowercase)
     parts = Counter(part for caption in captions for word in caption.split() for part in split_parts(word))
     num_pieces = settings.vocabulary_size - len(SPECIAL)
     given = settings.vocabulary_file

@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from captioning.param_types import Positive, Section
+from captioning.param_types import PositiveOrAuto, Section
 
 
 class WordsTokenizer(Section):
     """A token is a word."""
 
     name: Literal["words"]
-    min_frequency: Positive
-    """A word that occurs less often in the train split becomes `<unk>`."""
+    min_frequency: PositiveOrAuto
+    """A word that occurs less often in the train split becomes `<unk>`. `auto`: by the number of its captions."""
 
 
 class WordPieceTokenizer(Section):

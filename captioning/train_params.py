@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from captioning.param_types import Count, Fraction, Positive, Probability, Rate, Section
+from captioning.param_types import Count, Fraction, Positive, PositiveOrAuto, Probability, Rate, Section
 
 Shrink = Annotated[float, Field(gt=0, lt=1)]
 
@@ -173,9 +173,11 @@ class TrainParams(Section):
     augmentation: AugmentationParams | None
     gradient_checkpointing: bool
     """Recompute an encoder's blocks in the backward pass instead of keeping their activations (live mode)."""
-    num_epochs: Positive
-    batch_size: Positive
-    """Images per batch over all processes; each brings all its captions."""
+    num_epochs: PositiveOrAuto
+    """`auto`: by the number of steps in an epoch (`captioning.heuristics`)."""
+    batch_size: PositiveOrAuto
+    """Images per batch over all processes; each brings all its captions. `auto`: by the number of train images, and no
+    more than a trial step shows to fit. Where a batch does not fit into memory, it is taken in parts."""
     accumulate_steps: Positive
     """Batches per optimizer step: they count as one large batch, and take one's memory."""
     optimizer: OptimizerSettings
@@ -199,3 +201,10 @@ class TrainParams(Section):
     seed: int
     deterministic: bool
     """Deterministic algorithms alone: the same bits in every run. Off, some are faster on a GPU."""
+
+
+class PlainTrainParams(TrainParams):
+    """With numbers in place of `auto`: what a run is trained with."""
+
+    num_epochs: Positive
+    batch_size: Positive

@@ -13,22 +13,27 @@ from torch import Tensor
 
 from captioning import monitoring
 from captioning.averaging import Average
-from captioning.datasets import CaptionBatches, Share, epoch_order
+from captioning.datasets import CaptionBatches, Share, epoch_order, largest, pieces
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
+from captioning.errors import CapstanError
 from captioning.evaluation import GreedyCider, Tally, foresee
 from captioning.loop import Journal, Outcome
 from captioning.losses import cross_entropy
+from captioning.memory import Fitting
 from captioning.optimization import Named, Stepper, build_optimizer, seed_step
-from captioning.params import TrainParams
 from captioning.penalties import run_with_penalties
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.scheduled_sampling import mix_in_own_words
 from captioning.schedules import Course, learning_rate_factor, sampling_probability
 from captioning.selection import Best, is_enough, score_of
+from captioning.train_params import PlainTrainParams
 
 ENCODER = "encoder."
 """Begins the names of an encoder's parameters in live mode."""
+
+WORKS = {"train": "training", "loss": "validation", "search": "validation's captions"}
+"""What memory may be too small for, as alerts say it."""
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -53,7 +58,7 @@ class DecoderTask:
         train: CaptionBatches,
         val: CaptionBatches,
         val_cider: GreedyCider,
-        settings: TrainParams,
+        settings: PlainTrainParams,
         learning_rate: float,
         journal: Journal,
         world: World = ALONE,
@@ -64,7 +69,7 @@ class DecoderTask:
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
         self.train, self.val, self.val_cider = train, val, val_cider
-        self.settings, self.journal, self.world = settings, journal, world
+        self.settings, self.learning_rate, self.journal, self.world = settings, learning_rate, journal, world
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, -(-len(train) // settings.accumulate_steps)
         own = [(name, p) for name, p in decoder.named_parameters() if not name.startswith(ENCODER)]
         optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
@@ -74,6 +79,9 @@ class DecoderTask:
         self.history: list[dict[str, Any]] = []
         self.tally: Tally | None = None
         """Of the step under way, where it will be logged."""
+        sizes = {"train": settings.batch_size, "loss": val.size, "search": val_cider.size}
+        self.fittings = {work: Fitting(size, self.device) for work, size in sizes.items()}
+        """How many of a rank's images at once fit into memory: in a step, and in validation."""
         self.own_words = 0.0
         """How often the step under way reads a word of the decoder's own."""
 
@@ -93,14 +101,18 @@ class DecoderTask:
 
     def train_step(self, shares: list[Share], step: int, stop: bool) -> Outcome:
         """The loss is the mean a token over all batches of the step, label smoothing included, whatever their number
-        and the number of processes."""
+        and the number of processes. After out-of-memory the step is done again in smaller pieces, and so is each one
+        that follows."""
         self.decoder.train()
-        seed_step(self.settings.seed, step, self.world.rank)
         self.own_words = sampling_probability(step // self.steps_per_epoch, self.settings.scheduled_sampling)
-        self.tally = Tally() if (step + 1) % self.settings.log_every_steps == 0 else None
         num_tokens = sum(share.num_tokens for share in shares)
-        losses = (self._loss(replace(share, num_tokens=num_tokens)) for share in shares)
-        value, finite, stop = self.stepper.step_over(losses, self._rate_factor(step), stop)
+        fitting = self.fittings["train"]
+        before = fitting.num_images
+        mine = fitting.run(lambda parts: self.backward(shares, step, parts), largest(shares))
+        short = fitting.num_images < before
+        value, finite, stop = self.stepper.update(mine, self._rate_factor(step), stop, short)
+        if self.stepper.was_short:
+            self._agree("train", before)
         if finite and self.average is not None:
             self.average.update(step)
         if self.tally is not None:
@@ -108,6 +120,24 @@ class DecoderTask:
         num_images = sum(len(share.batch.features) for share in shares if share.batch is not None)
         monitoring.count(num_images * self.world.num_processes, num_tokens)
         return Outcome(value, num_tokens, finite, stop)
+
+    def backward(self, shares: list[Share], step: int, parts: list[slice]) -> float:
+        """This rank's gradients of a step, its batches taken in `parts` of their images: a pure function of the weights
+        and these, however often it was begun before. Returns this rank's part of the loss."""
+        seed_step(self.settings.seed, step, self.world.rank)
+        self.tally = Tally() if (step + 1) % self.settings.log_every_steps == 0 else None
+        num_tokens = sum(share.num_tokens for share in shares)
+        cut = (piece for share in shares for piece in pieces(share, parts))
+        return self.stepper.backward(self._loss(replace(piece, num_tokens=num_tokens)) for piece in cut)
+
+    def _agree(self, work: str, before: int) -> None:
+        """All ranks go on with as many images at once as the one with the least memory."""
+        fitting = self.fittings[work]
+        fitting.num_images = min(map(int, self.world.gather(str(fitting.num_images).encode())))
+        if fitting.num_images < before and self.world.is_main:
+            monitoring.clear(f"out_of_memory_{work}")  # each halving is news
+            said = f"out of memory in {WORKS[work]}: from here on at most {fitting.num_images} images at once"
+            monitoring.alert(f"out_of_memory_{work}", said)
 
     def _rate_factor(self, step: int) -> float:
         num_steps = self.settings.num_epochs * self.steps_per_epoch
@@ -145,10 +175,14 @@ class DecoderTask:
 
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""
+        before = {work: self.fittings[work].num_images for work in ("loss", "search")}
         suppression = self.settings.eos_suppression
-        tally = foresee(self.judged, self.val, self.device, self.world)
+        tally = foresee(self.judged, self.val, self.device, self.world, self.fittings["loss"])
         least = suppression.min_length if suppression else 0
-        return tally, self.val_cider(self.judged, self.device, self.world, least)
+        cider = self.val_cider(self.judged, self.device, self.world, least, self.fittings["search"])
+        for work, num_images in before.items():
+            self._agree(work, num_images)
+        return tally, cider
 
     def end_epoch(self, epoch: int, step: int, mean_loss: float, found: tuple[Tally, float]) -> str:
         tally, cider = found
@@ -171,20 +205,39 @@ class DecoderTask:
     def is_early(self) -> bool:
         return self.num_epochs < self.settings.num_epochs
 
+    @property
+    def resolved(self) -> dict[str, float]:
+        """What `auto` in params.yaml may stand for."""
+        return {
+            "batch_size": self.settings.batch_size,
+            "num_epochs": self.settings.num_epochs,
+            "learning_rate": self.learning_rate,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "decoder": self.decoder.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
             "stepper": self.stepper.state_dict(),
             "best": self.best.state_dict(),
+            "images_at_once": {work: fitting.num_images for work, fitting in self.fittings.items()},
             "history": self.history,
+            "resolved": self.resolved,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CapstanError: the state is that of a run with other sizes."""
+        if state["resolved"] != self.resolved:
+            raise CapstanError(
+                f"the checkpoint is of a run with {state['resolved']}, and auto now gives {self.resolved}: other "
+                "hardware? To start over, remove the run's folder in .work/train."
+            )
         self.decoder.load_state_dict(state["decoder"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.stepper.load_state_dict(state["stepper"])
         self.best = Best.from_state(state["best"])
+        for work, num_images in state["images_at_once"].items():
+            self.fittings[work].num_images = num_images
         self.history = state["history"]
         self._stop_early()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from captioning.encoders import Encoder
     from captioning.live import LiveBatches
     from captioning.params import DecoderSettings, EncoderSettings, RecoveryParams, TrainParams
+    from captioning.resolving import Data, Resolved
     from captioning.training import DecoderTask
     from captioning.training_log import TrainingLog
     from captioning.vocabulary import Vocabulary
@@ -62,9 +63,10 @@ def train(
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
         with work.open_work("train", name, resolved, world) as found, TrainingLog(live_dir, world) as log:
             model, parts = _assemble(encoder, start_decoder(config, vocabulary), encoder_settings, settings)
-            task, num_skipped = _train(model, data, decoder_settings, settings, recovery, found, log, world, parts)
+            values = _resolve(model, data, decoder_settings, settings, found.folder, world)
+            task, num_skipped = _train(model, data, values, recovery, found, log, world, parts)
             if world.is_main:
-                record = _record(encoder_name, decoder_name, resolved, task, num_skipped, world)
+                record = _record(encoder_name, decoder_name, resolved, values, task, num_skipped, world)
                 state = _split_best(task.best.state, encoder, settings, encoder_settings)
                 live = settings.precision if settings.encoder_mode == "live" else None
                 models.save_captioner(found.folder / "model", encoder, state, config, vocabulary, record, live)
@@ -120,11 +122,34 @@ def _split_best(
     return parts["decoder"]
 
 
-def _train(
+def _resolve(
     model: Decoder,
-    data: tuple[Any, Any, Any],
+    data: Data,
     decoder_settings: DecoderSettings,
     settings: TrainParams,
+    folder: Path,
+    world: World,
+) -> Resolved:
+    """Numbers for what is `auto`; the data take their sizes."""
+    from captioning import resolving, trials
+
+    values = resolving.resolve(
+        settings,
+        decoder_settings,
+        len(data[0].captions),
+        lambda plain: trials.images_that_fit(model, data, plain),
+        lambda plain: trials.range_test(model, data, plain, world.num_processes),
+        folder,
+        world,
+    )
+    resolving.set_sizes(data, values.settings)
+    return values
+
+
+def _train(
+    model: Decoder,
+    data: Data,
+    values: Resolved,
     recovery: RecoveryParams,
     found: work.Work,
     log: TrainingLog,
@@ -136,9 +161,9 @@ def _train(
     from captioning.training import DecoderTask
 
     journal = Journal(log)
-    task = DecoderTask(model, *data, settings, decoder_settings.learning_rate, journal, world, encoder_parts)
+    task = DecoderTask(model, *data, values.settings, values.learning_rate, journal, world, encoder_parts)
     keeper = Checkpointer(found.folder / "checkpoints", found.name, recovery, found.lock) if world.is_main else None
-    loop = Loop(task, journal, settings.max_skipped_steps, keeper, world)
+    loop = Loop(task, journal, values.settings.max_skipped_steps, keeper, world)
     loop.run()
     return task, loop.position.num_skipped
 
@@ -157,10 +182,9 @@ def _fingerprint(resolved: Any, config: Any, encoder: Any, batches: Any, prepare
     return work.fingerprint("train", settings, inputs, PACKAGES)
 
 
-def _load_data(
-    prepared: Path, folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
-) -> tuple[Any, Any, Any]:
-    """Batches of train and val, and the validation's metric; `folder` holds features, or shards in live mode."""
+def _load_data(prepared: Path, folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams) -> Data:
+    """Batches of train and val, and the validation's metric; `folder` holds features, or shards in live mode. All sizes
+    are 1 until `_resolve` sets them."""
     from captioning.annotations import load_annotations
     from captioning.evaluation import GreedyCider
 
@@ -168,7 +192,7 @@ def _load_data(
     load = _load_live if settings.encoder_mode == "live" else _load_cached
     batches = load(annotations, folder, encoder, vocabulary, settings)
     references = [annotation.captions for annotation in annotations["val"]]
-    cider = GreedyCider(batches["val"].store, references, vocabulary, 4 * settings.batch_size)
+    cider = GreedyCider(batches["val"].store, references, vocabulary, 1)
     return batches["train"], batches["val"], cider
 
 
@@ -178,7 +202,7 @@ def _load_cached(
     from captioning.datasets import CaptionBatches, FeatureStore
 
     return {
-        split: CaptionBatches(FeatureStore(folder, found, verify=True), found, vocabulary, settings.batch_size)
+        split: CaptionBatches(FeatureStore(folder, found, verify=True), found, vocabulary, 1)
         for split, found in annotations.items()
     }
 
@@ -189,19 +213,22 @@ def _load_live(
     from captioning.augmentation import Augmenter
     from captioning.live import ImageStore, LiveBatches
 
-    num_steps = settings.num_epochs * -(-len(annotations["train"]) // settings.batch_size)
-    augmenter = Augmenter(settings.augmentation, settings.seed, num_steps) if settings.augmentation else None
+    augmenter = Augmenter(settings.augmentation, settings.seed, 1) if settings.augmentation else None
     augmenters = {"train": augmenter, "val": None}
     return {
-        split: LiveBatches(
-            ImageStore(folder, found, encoder, augmenters[split]), found, vocabulary, settings.batch_size
-        )
+        split: LiveBatches(ImageStore(folder, found, encoder, augmenters[split]), found, vocabulary, 1)
         for split, found in annotations.items()
     }
 
 
 def _record(
-    encoder: str, decoder: str, resolved: dict[str, Any], task: DecoderTask, num_skipped: int, world: World
+    encoder: str,
+    decoder: str,
+    params: dict[str, Any],
+    values: Resolved,
+    task: DecoderTask,
+    num_skipped: int,
+    world: World,
 ) -> dict[str, Any]:
     """Nothing here changes from run to run: the same inputs give the same bytes."""
     import platform
@@ -211,7 +238,8 @@ def _record(
 
     return {
         "command": f"dvc repro train@{encoder}-{decoder}",
-        "params": resolved,
+        "params": params,
+        "resolved": {**values.found, "images_at_once": task.fittings["train"].num_images},
         "best_epoch": task.best.epoch + 1,
         "best_val_CIDEr": task.best.cider,
         "num_skipped_steps": num_skipped,

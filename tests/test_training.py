@@ -192,7 +192,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
     task, journal = build(tmp_path, num_epochs=2)
     poison(task, {1, 3}, monkeypatch)
     before = []
-    real = task.stepper.step_over
+    real = task.stepper.update
 
     def step(*arguments):
         weights = [p.clone() for p in task.stepper.parameters]
@@ -200,7 +200,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monk
         before.append((finite, all(torch.equal(a, b) for a, b in zip(weights, task.stepper.parameters, strict=True))))
         return value, finite, stop
 
-    monkeypatch.setattr(task.stepper, "step_over", step)
+    monkeypatch.setattr(task.stepper, "update", step)
     loop = run(task, journal)
     assert [finite for finite, _ in before] == [True, False, True, False, True, True]
     assert all(finite != unchanged for finite, unchanged in before)
