@@ -75,6 +75,7 @@ class AttendFirst(RecurrentDecoder):
         word_gates = self.word_gates(embedded)
         dtype = word_gates.dtype  # of autocast, where that is on
         assert self.context_gate is not None
+        rows, columns = extents[0]
         from_state = (self.attention.query, self.context_gate, self.hidden_gates)
         return unroll(
             self.cell,
@@ -82,7 +83,7 @@ class AttendFirst(RecurrentDecoder):
             word_gates,
             memory.keys,
             memory.regions.to(dtype),
-            tuple(part.to(dtype) for part in state),
+            tuple(part[:rows, :columns].to(dtype) for part in state),
             (torch.cat([m.weight for m in from_state]).to(dtype), torch.cat([m.bias for m in from_state]).to(dtype)),
             self.context_gates.weight.to(dtype),
             self.attention.score.weight[0].to(memory.keys.dtype),

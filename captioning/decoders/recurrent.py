@@ -107,8 +107,9 @@ class RecurrentDecoder(Decoder):
         outputs = []
         for steps in self.chunks(inputs.shape[1]):
             found, state = self.run_part(run_layer, layer, inputs[:, steps], state)
-            outputs.append(found)
-        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state
+            outputs.append(found.transpose(0, 1))
+        # Steps before sequences in memory, as a layer over whole captions has it: dropout draws in memory's order.
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).transpose(0, 1), state
 
     def climb(self, hidden: Tensor, state: State) -> tuple[Tensor, State]:
         """The layers above the first, over its outputs (sequences, steps, hidden_dim); states of all layers but the

@@ -204,8 +204,7 @@ class _Unrolled(torch.autograd.Function):
         for_projected, for_words = torch.empty_like(projected), projected.new_empty(steps.total, widths[2])
         for_keys, for_score = torch.zeros_like(keys), torch.zeros_like(score)
         # Padded, so that the regions' gradient is one product over all steps as well.
-        images, captions = ctx.extents[0]
-        layout = (images, len(ctx.extents), captions)
+        layout = (len(regions), len(ctx.extents), ctx.extents[0][1])
         all_weights, for_contexts = (regions.new_zeros(*layout, regions.shape[d]) for d in (1, 2))
         for step in reversed(range(len(ctx.extents))):
             rows, columns = ctx.extents[step]
