@@ -98,6 +98,7 @@ class Batch:
     inputs: Tensor  # (images, captions, steps) int64: bos and the words, then pad
     targets: Tensor  # (images, captions, steps) int64: the words and eos, then pad
     extents: list[tuple[int, int]]  # for each step
+    running: list[int]  # for each step, its tokens: captions that still run
     kept: Tensor  # (num_tokens,) int64: places of real tokens in the steps' extents laid end to end
     places: Tensor  # (num_tokens,) int64: the same tokens' places in `targets`, flattened
     packed_targets: Tensor  # (num_tokens,) int64, in the order of `kept` and `places`
@@ -112,7 +113,22 @@ class Batch:
             return self
         names = ("features", "inputs", "targets", "kept", "places", "packed_targets")
         moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
-        return Batch(extents=self.extents, **moved)
+        return Batch(extents=self.extents, running=self.running, **moved)
+
+    def tokens(self, steps: slice) -> slice:
+        """Where the tokens of these steps lie among all, which run step by step."""
+        start = sum(self.running[: steps.start])
+        return slice(start, start + sum(self.running[steps]))
+
+    def places_within(self, steps: slice) -> Tensor:
+        """Places of these steps' tokens in what only these steps, and the captions that run at the first, make up:
+        (images, captions, steps), flattened."""
+        places, (_, captions, num_steps) = self.places[self.tokens(steps)], self.targets.shape
+        if (steps.start, steps.stop) == (0, num_steps):
+            return places
+        caption, step = places // num_steps, places % num_steps - steps.start
+        caption = caption // captions * self.extents[steps.start][1] + caption % captions
+        return caption * (steps.stop - steps.start) + step
 
 
 @dataclass(frozen=True)
@@ -167,16 +183,17 @@ def _lay_out(features: Tensor, inputs: Tensor, targets: Tensor, pad_id: int) -> 
     """A batch of sorted images with sorted captions."""
     running = targets != pad_id  # (images, captions, steps)
     layout = torch.arange(targets.numel()).view_as(targets)
-    extents, kept, places, start = [], [], [], 0
+    extents, numbers, kept, places, start = [], [], [], [], 0
     for step in range(targets.shape[-1]):
         rows, columns = int(running[:, 0, step].sum()), int(running[..., step].any(0).sum())
         extent = running[:rows, :columns, step].reshape(-1)
         kept.append(extent.nonzero().squeeze(1) + start)
         places.append(layout[:rows, :columns, step].reshape(-1)[extent])
         extents.append((rows, columns))
+        numbers.append(len(kept[-1]))
         start += rows * columns
     found = torch.cat(places)
-    return Batch(features, inputs, targets, extents, torch.cat(kept), found, targets.view(-1)[found])
+    return Batch(features, inputs, targets, extents, numbers, torch.cat(kept), found, targets.view(-1)[found])
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> list[int]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captioning.annotations import Annotation
 from captioning.augmentation import survives_mirror
@@ -147,8 +147,19 @@ class LiveCaptioner(Decoder):
             features: Tensor = self.encoder(pixels).float()
         return features
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.decoder(replace(batch, features=self.encode(batch.features)))
+    def read(self, batch: Batch) -> Tensor:
+        return self.decoder.read(replace(batch, features=self.encode(batch.features)))
+
+    def read_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.decoder.read_with_coverage(replace(batch, features=self.encode(batch.features)))
+
+    @property
+    def output(self) -> nn.Module:  # type: ignore[override]
+        return self.decoder.output
+
+    @property
+    def recomputes(self) -> bool:
+        return self.decoder.recomputes
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
         return self.decoder.remember(self.encode(features))

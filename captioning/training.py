@@ -19,10 +19,9 @@ from captioning.distributed import ALONE, World
 from captioning.errors import CapstanError
 from captioning.evaluation import GreedyCider, Tally, foresee
 from captioning.loop import Journal, Outcome
-from captioning.losses import cross_entropy
 from captioning.memory import Fitting
 from captioning.optimization import Named, Stepper, build_optimizer, seed_step
-from captioning.penalties import run_with_penalties
+from captioning.penalties import loss_sum
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.scheduled_sampling import mix_in_own_words
 from captioning.schedules import Course, learning_rate_factor, sampling_probability
@@ -167,11 +166,9 @@ class DecoderTask:
         batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
             batch = mix_in_own_words(self.decoder, batch, self.own_words)
-            logits, penalty = run_with_penalties(self.decoder, batch, self.settings.eos_suppression)
-        total = cross_entropy(logits, batch.packed_targets, self.settings.label_smoothing)
-        if self.tally is not None:
-            self.tally.add(logits.detach(), batch.packed_targets)
-        return (total if penalty is None else total + penalty) / share.num_tokens
+            smoothing, suppression = self.settings.label_smoothing, self.settings.eos_suppression
+            total = loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
+        return total / share.num_tokens
 
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""

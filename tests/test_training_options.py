@@ -309,9 +309,9 @@ def test_the_two_pass_step_is_that_of_the_mixed_batch(tmp_path, monkeypatch) -> 
     task, _ = build(tmp_path, dropout=0.0, scheduled_sampling=sampling)
     (share, *_) = next(task.batches(0, 0))
     seen = []
-    real = task.decoder.forward
+    real = task.decoder.read
     monkeypatch.setattr(
-        task.decoder, "forward", lambda batch: seen.append((batch, torch.is_grad_enabled())) or real(batch)
+        task.decoder, "read", lambda batch: seen.append((batch, torch.is_grad_enabled())) or real(batch)
     )
     task.train_step([share], 0, False)
     assert [grad for _, grad in seen] == [False, True]

@@ -47,30 +47,47 @@ class AttendFirst(RecurrentDecoder):
         vector = self.combine(hidden, context)
         return Ahead(vector, attention_weights, (*new, vector) if self.fed_gates is not None else new)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def read(self, batch: Batch) -> Tensor:
         if self.config.input_feeding or self.context_gate is None:
-            return super().forward(batch)
+            return super().read(batch)
         memory, state = self.remember(batch.features)
         words = [batch.inputs[:rows, :columns, t].flatten() for t, (rows, columns) in enumerate(batch.extents)]
-        word_gates = self.word_gates(self.embed(torch.cat(words)))
+        embedded = self.embed(torch.cat(words))
+        running = tuple(part[..., : self.config.hidden_dim].expand(-1, batch.inputs.shape[1], -1) for part in state)
+        found = []
+        start = 0
+        for steps in self.chunks(len(batch.extents)):
+            extents = batch.extents[steps]
+            end = start + sum(rows * columns for rows, columns in extents)
+            part = self.run_part(self._unroll, extents, memory, running, embedded[start:end])
+            found.append(part[:2])
+            running, start = part[2], end
+        hidden, gated = (torch.cat(pair).index_select(0, batch.kept) for pair in zip(*found, strict=True))
+        if len(self.upper):
+            hidden = self._climb_whole(hidden, state, batch)
+        return self.dropout(self.combine(hidden, gated))
+
+    def _unroll(
+        self, extents: list[tuple[int, int]], memory: Memory, state: State, embedded: Tensor
+    ) -> tuple[Tensor, Tensor, State]:
+        """Some steps, from the first layer's state and the words' embeddings packed: hidden states and gated contexts,
+        packed alike, and the state after the last step."""
+        word_gates = self.word_gates(embedded)
         dtype = word_gates.dtype  # of autocast, where that is on
+        assert self.context_gate is not None
+        rows, columns = extents[0]
         from_state = (self.attention.query, self.context_gate, self.hidden_gates)
-        size = self.config.hidden_dim
-        packed = unroll(
+        return unroll(
             self.cell,
-            batch.extents,
+            extents,
             word_gates,
             memory.keys,
             memory.regions.to(dtype),
-            tuple(part[..., :size].expand(-1, batch.inputs.shape[1], -1).to(dtype) for part in state),
+            tuple(part[:rows, :columns].to(dtype) for part in state),
             (torch.cat([m.weight for m in from_state]).to(dtype), torch.cat([m.bias for m in from_state]).to(dtype)),
             self.context_gates.weight.to(dtype),
             self.attention.score.weight[0].to(memory.keys.dtype),
         )
-        hidden, gated = (part.index_select(0, batch.kept) for part in packed)
-        if len(self.upper):
-            hidden = self._climb_whole(hidden, state, batch)
-        return self.output(self.dropout(self.combine(hidden, gated)))
 
     def _climb_whole(self, hidden: Tensor, state: State, batch: Batch) -> Tensor:
         """The layers above the first over whole captions, packed (num_tokens, hidden_dim) as they come and go."""

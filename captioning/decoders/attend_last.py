@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from captioning.datasets import Batch
 from captioning.decoders.base import DecoderConfig, Memory, State
-from captioning.decoders.recurrent import Ahead, RecurrentDecoder, run_layer
+from captioning.decoders.recurrent import Ahead, RecurrentDecoder
 
 
 class AttendLast(RecurrentDecoder):
@@ -21,7 +21,7 @@ class AttendLast(RecurrentDecoder):
     def run_cells(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
         """All layers: (sequences, steps, dim) from states (sequences, num_layers × hidden_dim)."""
         size = self.config.hidden_dim
-        outputs, first = run_layer(self.cell, inputs, tuple(part[:, :size] for part in state))
+        outputs, first = self.run_layer(self.cell, inputs, tuple(part[:, :size] for part in state))
         if not len(self.upper):
             return outputs, first
         outputs, others = self.climb(outputs, tuple(part[:, size:] for part in state))
@@ -54,9 +54,19 @@ class AttendLast(RecurrentDecoder):
         images, captions, steps = batch.inputs.shape
         flat = tuple(part.expand(-1, captions, -1).reshape(images * captions, -1) for part in state)
         outputs, _ = self.run_cells(self.embed(batch.inputs).flatten(0, 1), flat)
-        queries = outputs.reshape(images, captions * steps, -1)
-        found = (queries, *self.look(memory, queries))
-        hidden, context, weights = (part.flatten(0, 1).index_select(0, batch.places) for part in found)
+        laid_out = outputs.reshape(images, captions, steps, -1)
+        found = [self.run_part(self._look_over, batch, chunk, memory, laid_out) for chunk in self.chunks(steps)]
+        vectors, weights = zip(*found, strict=True)
+        return (torch.cat(vectors), torch.cat(weights)) if len(found) > 1 else found[0]
+
+    def _look_over(self, batch: Batch, steps: slice, memory: Memory, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Attentional vectors and weights of some steps' tokens, from the cells' outputs (images, captions, all steps,
+        hidden_dim)."""
+        rows, columns = batch.extents[steps.start]
+        queries = outputs[:rows, :columns, steps].flatten(1, 2)
+        found = (queries, *self.look(Memory(*(part[:rows] for part in memory)), queries))
+        places = batch.places_within(steps)
+        hidden, context, weights = (part.flatten(0, 1).index_select(0, places) for part in found)
         return self.combine(hidden, context), weights
 
 

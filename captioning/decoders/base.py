@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import ceil
+from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captioning.datasets import Batch
 
+Result = TypeVar("Result")
 State = tuple[Tensor, ...]
 """What a decoder carries from step to step; every tensor is (images, beams, …), so that beams can be picked."""
 
@@ -71,19 +76,45 @@ class Decoder(nn.Module):
     config: DecoderConfig
     max_steps: int | None = None
     """Longest caption it can read, bos counted; None: any."""
+    output: nn.Module
+    """What makes logits of what `read` gives."""
+    checkpointed = False
+    """Gradient checkpointing: the backward pass computes again what the forward pass would else have to keep."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first batch, also where a run goes on in its middle: a pure function of `epoch`."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (num_tokens, vocabulary_size) for `batch.packed_targets`."""
+        logits: Tensor = self.output(self.read(batch))
+        return logits
+
+    def read(self, batch: Batch) -> Tensor:
+        """(num_tokens, hidden_dim), of which the output layer makes the logits."""
         raise NotImplementedError
 
-    def forward_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`forward`'s logits, and how much attention each region got over a caption's words: (num_captions,
-        num_regions), float32 at least. For `attention.doubly_stochastic`; decoders whose settings have that key offer
-        it."""
+    def read_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`read`, and how much attention each region got over a caption's words: (num_captions, num_regions), float32
+        at least. For `penalties.doubly_stochastic`; decoders whose settings have that key offer it."""
         raise NotImplementedError
+
+    @property
+    def recomputes(self) -> bool:
+        return self.checkpointed and torch.is_grad_enabled()
+
+    def run_part(self, part: Callable[..., Result], *inputs: object) -> Result:
+        """part(*inputs); where the decoder recomputes, only the inputs are kept for the backward pass, which runs the
+        part again, with the same random numbers."""
+        if not self.recomputes:
+            return part(*inputs)
+        result: Result = checkpoint(part, *inputs, use_reentrant=False)
+        return result
+
+    def chunks(self, num_steps: int) -> list[slice]:
+        """Of a caption's steps, each for a `run_part`: what is kept between chunks and what a chunk needs while it is
+        computed again balance at √num_steps of them (Chen et al. 2016, section 4). Else one."""
+        length = ceil(num_steps**0.5) if self.recomputes else num_steps
+        return [slice(start, min(start + length, num_steps)) for start in range(0, num_steps, length)]
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
         """(images, num_regions, encoder_dim) of any float type → the images' memory and the state before the

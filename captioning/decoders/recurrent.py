@@ -102,6 +102,15 @@ class RecurrentDecoder(Decoder):
         """(…, hidden_dim) and (…, region_dim) → the attentional vector (…, hidden_dim)."""
         return self.attentional(torch.cat([hidden, context], -1)).tanh()
 
+    def run_layer(self, layer: nn.Module, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """As the function of this name, in chunks of steps."""
+        outputs = []
+        for steps in self.chunks(inputs.shape[1]):
+            found, state = self.run_part(run_layer, layer, inputs[:, steps], state)
+            outputs.append(found.transpose(0, 1))
+        # Steps before sequences in memory, as a layer over whole captions has it: dropout draws in memory's order.
+        return (torch.cat(outputs) if len(outputs) > 1 else outputs[0]).transpose(0, 1), state
+
     def climb(self, hidden: Tensor, state: State) -> tuple[Tensor, State]:
         """The layers above the first, over its outputs (sequences, steps, hidden_dim); states of all layers but the
         first, (sequences, (num_layers - 1) × hidden_dim)."""
@@ -109,7 +118,7 @@ class RecurrentDecoder(Decoder):
         for number, layer in enumerate(self.upper):
             start = number * self.config.hidden_dim
             parts = tuple(part[:, start : start + self.config.hidden_dim] for part in state)
-            hidden, parts = run_layer(layer, self.dropout(hidden), parts)
+            hidden, parts = self.run_layer(layer, self.dropout(hidden), parts)
             found.append(parts)
         return hidden, tuple(torch.cat(parts, -1) for parts in zip(*found, strict=True))
 
@@ -128,23 +137,35 @@ class RecurrentDecoder(Decoder):
         state = tuple(part.expand(-1, batch.inputs.shape[1], -1) for part in state)
         embedded = self.embed(batch.inputs)
         vectors, weights = [], []
-        for step, (rows, columns) in enumerate(batch.extents):
+        for steps in self.chunks(len(batch.extents)):
+            inputs = (batch.extents[steps], memory, state, embedded[:, :, steps])
+            found, seen, state = self.run_part(self._run_steps, *inputs)
+            vectors += found
+            weights += seen
+        return torch.cat(vectors).index_select(0, batch.kept), torch.cat(weights).index_select(0, batch.kept)
+
+    def _run_steps(
+        self, extents: list[tuple[int, int]], memory: Memory, state: State, embedded: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], State]:
+        """Some steps of `run`: for each its vectors and weights, flattened, and the state after the last."""
+        vectors, weights = [], []
+        for step, (rows, columns) in enumerate(extents):
             running = Memory(*(part[:rows] for part in memory))
             state = tuple(part[:rows, :columns] for part in state)
             ahead = self.advance(running, state, embedded[:rows, :columns, step])
             state = ahead.state
             vectors.append(ahead.attentional.flatten(0, 1))
             weights.append(ahead.attention_weights.flatten(0, 1))
-        return torch.cat(vectors).index_select(0, batch.kept), torch.cat(weights).index_select(0, batch.kept)
+        return vectors, weights, state
 
-    def forward(self, batch: Batch) -> Tensor:
-        return self.output(self.dropout(self.run(batch)[0]))
+    def read(self, batch: Batch) -> Tensor:
+        return self.dropout(self.run(batch)[0])
 
-    def forward_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def read_with_coverage(self, batch: Batch) -> tuple[Tensor, Tensor]:
         vectors, weights = self.run(batch)
         caption = batch.places // batch.targets.shape[-1]
         images, captions = batch.targets.shape[:2]
         weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
         coverage = weights.new_zeros(images * captions, weights.shape[1]).index_add(0, caption, weights)
         exists = (batch.targets[..., 0] != Vocabulary.pad_id).flatten()
-        return self.output(self.dropout(vectors)), coverage[exists]
+        return self.dropout(vectors), coverage[exists]

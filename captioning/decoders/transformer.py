@@ -105,7 +105,7 @@ class TransformerDecoder(Decoder):
     def remember(self, features: Tensor) -> tuple[Memory, State]:
         regions = self.dropout(self.project(features.to(self.embedding.weight.dtype)))  # the cache's are float16
         for layer in self.encoder:
-            regions = layer(regions, self._relate_regions)
+            regions = self.run_part(layer, regions, self._relate_regions)
         regions = self.region_norm(regions)
         images, num_regions = regions.shape[:2]
         keys = self.region_keys(regions).view(images, num_regions, len(self.layers), 2, self.num_heads, -1)
@@ -135,7 +135,7 @@ class TransformerDecoder(Decoder):
             )
         return self.position_embedding.weight[first : first + count] * self.config.hidden_dim**0.5
 
-    def forward(self, batch: Batch) -> Tensor:
+    def read(self, batch: Batch) -> Tensor:
         memory, _ = self.remember(batch.features)
         images, captions, steps = batch.inputs.shape
 
@@ -153,8 +153,8 @@ class TransformerDecoder(Decoder):
         positions = self.positions(0, steps).index_select(0, batch.places % steps)
         words = self.embed(batch.inputs.view(-1).index_select(0, batch.places), positions)
         for layer, keys in zip(self.layers, memory.keys.unbind(1), strict=True):
-            words = layer(words, relate, lambda queries, keys=keys: look(queries, keys))
-        return self.output(self.norm(words))
+            words = self.run_part(layer, words, relate, lambda queries, keys=keys: look(queries, keys))
+        return self.norm(words)
 
     def step(self, memory: Memory, state: State, token_ids: Tensor) -> Step:
         grown: list[Tensor] = []

@@ -94,7 +94,7 @@ def unroll(
     from_state: tuple[Tensor, Tensor],
     from_context: Tensor,
     score: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, State]:
     """Runs the decoder over packed captions: at step t over `extents[t]` = (images, captions), all laid end to end.
 
     With s = W h + b, split into the query q, the gate g of the context and the hidden's gates: attention (Bahdanau et
@@ -111,13 +111,14 @@ def unroll(
         score: (attention_dim,).
 
     Returns:
-        Hidden states and gated contexts, packed as `words` are. All has their dtype, but for keys and score.
+        Hidden states and gated contexts, packed as `words` are, and the state after the last step. All has their dtype,
+        but for keys and score.
     """
     with torch.autocast(words.device.type, enabled=False):
-        packed: tuple[Tensor, Tensor] = _Unrolled.apply(
+        hiddens, gated, *last = _Unrolled.apply(
             cell, extents, words, keys, regions, *from_state, from_context, score, *state
         )
-    return packed
+    return hiddens, gated, tuple(last)
 
 
 class _Steps:
@@ -147,10 +148,10 @@ class _Steps:
         return distances(queries, self.keys[:rows], out=buffer)
 
 
-def _join(for_hidden: Tensor, later: State, num_states: int) -> State:
+def _join(for_hidden: Tensor, later: State) -> State:
     """The gradient of a step's state: from its output, and from the next step, whose extents may be smaller."""
-    joined = (for_hidden.clone(), *(torch.zeros_like(for_hidden) for _ in range(num_states - 1)))
-    for own, more in zip(joined, later, strict=False):
+    joined = (for_hidden.clone(), *(torch.zeros_like(for_hidden) for _ in later[1:]))
+    for own, more in zip(joined, later, strict=True):
         own[: more.shape[0], : more.shape[1]] += more
     return joined
 
@@ -169,12 +170,12 @@ class _Unrolled(torch.autograd.Function):
         from_context: Tensor,
         score: Tensor,
         *state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         steps = _Steps(extents, keys)
         before, projected = (words.new_empty(steps.total, size) for size in (weight.shape[1], weight.shape[0]))
         hiddens, gated = (words.new_empty(steps.total, size) for size in (weight.shape[1], regions.shape[-1]))
         widths = [keys.shape[-1], regions.shape[-1], words.shape[-1]]
-        kept = []
+        kept: list[Tensor] = []
         for step, (rows, columns) in enumerate(extents):
             state = tuple(part[:rows, :columns] for part in state)
             steps.grid(before, step).copy_(state[0])
@@ -187,31 +188,29 @@ class _Unrolled(torch.autograd.Function):
             gates = torch.addmm(steps.at(words, step), steps.at(gated, step), from_context.T)
             state, saved = cell.advance(gates.unflatten(0, (rows, columns)), hidden_gates, state)
             steps.grid(hiddens, step).copy_(state[0])
-            kept.append((queries, attention_weights, context, saved))
-        ctx.cell, ctx.kept = cell, kept
-        ctx.extents = extents
-        ctx.save_for_backward(keys, regions, weight, from_context, score, before, projected, gated)
-        return hiddens, gated
+            kept += (queries, attention_weights, context, *saved)
+        ctx.cell, ctx.extents = cell, extents
+        # All of it, so that gradient checkpointing, which looks at what is saved here, keeps nothing.
+        ctx.save_for_backward(keys, regions, weight, from_context, score, before, projected, gated, *kept)
+        return hiddens, gated, *state
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, for_hiddens: Tensor, for_gated: Tensor) -> tuple[Tensor | None, ...]:
-        keys, regions, weight, from_context, score, before, projected, gated = ctx.saved_tensors
+    def backward(ctx: Any, for_hiddens: Tensor, for_gated: Tensor, *later: Tensor) -> tuple[Tensor | None, ...]:
+        keys, regions, weight, from_context, score, before, projected, gated, *kept = ctx.saved_tensors
+        num_kept = len(kept) // len(ctx.extents)
         steps = _Steps(ctx.extents, keys)
         widths = [keys.shape[-1], regions.shape[-1], from_context.shape[0]]
         for_projected, for_words = torch.empty_like(projected), projected.new_empty(steps.total, widths[2])
         for_keys, for_score = torch.zeros_like(keys), torch.zeros_like(score)
         # Padded, so that the regions' gradient is one product over all steps as well.
-        images, captions = ctx.extents[0]
-        layout = (images, len(ctx.extents), captions)
+        layout = (len(regions), len(ctx.extents), ctx.extents[0][1])
         all_weights, for_contexts = (regions.new_zeros(*layout, regions.shape[d]) for d in (1, 2))
-        num_states = len(ctx.needs_input_grad) - 9
-        later: State = ()
         for step in reversed(range(len(ctx.extents))):
             rows, columns = ctx.extents[step]
-            queries, attention_weights, context, saved = ctx.kept.pop()  # freed as it goes
+            queries, attention_weights, context, *saved = kept[step * num_kept : (step + 1) * num_kept]
             gate = steps.grid(projected, step)[..., widths[0] : -widths[2]]
-            inputs, hidden, passed = ctx.cell.retreat(_join(steps.grid(for_hiddens, step), later, num_states), saved)
+            inputs, hidden, passed = ctx.cell.retreat(_join(steps.grid(for_hiddens, step), later), tuple(saved))
             for_query, for_gate, for_hidden_gates = steps.grid(for_projected, step).split(widths, -1)
             steps.grid(for_words, step).copy_(inputs)
             for_hidden_gates.copy_(hidden)
