@@ -148,7 +148,7 @@ class RunLog:
         return WriterProcess(self.folder)
 
     def close(self, seconds: float) -> None:
-        """Waits until all is handed on, but no longer than `seconds`. Leaves no process behind, also when interrupted."""
+        """Waits until all is handed on, but no longer than `seconds`. Leaves no process behind, interrupted or not."""
         if not self._count:
             return
         self._write()

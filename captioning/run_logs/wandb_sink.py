@@ -7,6 +7,7 @@ what the server has already is told apart from what it lacks.
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from captioning.run_logs.records import Record
 
 FOLDER = "wandb"
 MAX_ID = 64
+INIT_S = 30
+"""For the server to answer."""
 
 
 class WandbSink:
@@ -31,6 +34,7 @@ class WandbSink:
                 raise
             reason = " ".join(str(error).split())[:300]
             say(f"logging.wandb: {reason}; it is kept offline: `wandb sync {folder / FOLDER}/offline-run-*` sends it")
+            _forget_attempt()
             self.run = _start(folder, about, "offline")
         self._first = self.run.step
         """What the server has of an earlier process."""
@@ -45,7 +49,16 @@ class WandbSink:
         self.run.finish()
 
 
+def _forget_attempt() -> None:
+    """Else wandb's service says that the run's id is in use."""
+    import wandb
+
+    wandb.teardown()
+
+
 def _start(folder: Path, about: Record, mode: Literal["offline", "online"]) -> Any:
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # who asks for offline wants nothing to be sent
+    os.environ.setdefault("WANDB_INIT_TIMEOUT", str(INIT_S))
     import wandb
 
     return wandb.init(

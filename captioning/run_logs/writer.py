@@ -1,10 +1,10 @@
 """The process that hands a run's records on to Weights & Biases and TensorBoard.
 
-    python -m captioning.run_logs.writer <folder> < /dev/null
+    python -m captioning.run_logs.writer <folder> [wandb|tensorboard ...] < /dev/null
 
-begins both anew from `<folder>/records.jsonl`, follows the file whenever something comes on standard input, and ends
-with its input: when the trainer closes it or dies, or at once as above. It answers by lines of JSON about each sink:
-`error` is null when what had failed has been mended.
+begins anew from `<folder>/records.jsonl`, follows the file whenever something comes on standard input, and ends with
+its input: when the trainer closes it or dies, or at once as above. It answers by lines of JSON about each sink: `error`
+is null for one that is whole at the end. What fails is tried once more then.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import fcntl
 import json
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,10 +51,11 @@ def build_sink(name: str, folder: Path, about: Record, say: Say) -> Sink:
 
 
 class Follower:
-    """Reads the records as they come. A sink that fails is left, and begun anew at the end."""
+    """Reads the records as they come. A sink that fails is left; `finish` names it."""
 
-    def __init__(self, folder: Path, tell: Callable[[Record], None]) -> None:
-        self.folder, self._tell = folder, tell
+    def __init__(self, folder: Path, tell: Callable[[Record], None], names: Sequence[str] = ()) -> None:
+        """`names`: of the sinks; none: those that the records' first line names."""
+        self.folder, self.names, self._tell = folder, list(names), tell
         self._file = (folder / RECORDS).open("rb")
         self._sinks: dict[str, Sink | None] = {}
         self._about: Record | None = None
@@ -62,7 +65,7 @@ class Follower:
         self._tell({"sink": name, "error": error})
 
     def _try(self, name: str, action: Callable[[], Any]) -> Any:
-        """Its result. Where it fails, the sink is given up for now; a package may raise whatever it likes."""
+        """Its result. Where it fails, the sink is left: a package may raise whatever it likes."""
         try:
             return action()
         except Exception as error:
@@ -76,71 +79,72 @@ class Follower:
         while True:
             start, line = self._file.tell(), self._file.readline()
             if not line.endswith(b"\n"):
-                self._file.seek(start)  # not all of it is there yet
+                self._file.seek(start)  # the rest is still to come
                 return
-            self._take(json.loads(line))
+            if self._about is None:
+                self._begin(json.loads(line))
+            else:
+                self._take(json.loads(line))
+
+    def _begin(self, about: Record) -> None:
+        self._about = about
+        for name in self.names or about["sinks"]:
+            say = partial(self._say, name)
+            self._sinks[name] = self._try(name, partial(build_sink, name, self.folder, about, say))
 
     def _take(self, record: Record) -> None:
-        if self._about is None:
-            self._about = record
-            for name in record["sinks"]:
-                self._sinks[name] = self._try(name, lambda name=name: self._build(name))  # type: ignore[misc]
-            return
         for name, sink in self._sinks.items():
             if sink is not None:
-                self._try(name, lambda sink=sink: sink.write(self._count, record))  # type: ignore[misc]
+                self._try(name, partial(sink.write, self._count, record))
         self._count += 1
 
-    def _build(self, name: str) -> Sink:
-        assert self._about is not None
-        return build_sink(name, self.folder, self._about, lambda error: self._say(name, error))
-
-    def finish(self) -> None:
-        """Begins anew what had failed, and closes all."""
-        for name in list(self._sinks):
-            is_whole = self._sinks[name] is not None
-            sink = self._sinks[name] or self._try(name, lambda name=name: self._write_again(name))  # type: ignore[misc]
-            if sink is None:
-                continue
-            closed = self._try(name, lambda sink=sink: (sink.close(), True))  # type: ignore[misc]
-            if closed and not is_whole:
+    def finish(self) -> list[str]:
+        """Closes all. Returns the names of those that failed."""
+        for name, sink in list(self._sinks.items()):
+            if sink is not None:
+                self._try(name, sink.close)
+            if self._sinks[name] is not None:
                 self._say(name, None)
-
-    def _write_again(self, name: str) -> Sink:
-        sink = self._build(name)
-        with (self.folder / RECORDS).open("rb") as file:
-            for index, line in zip(range(-1, self._count), file, strict=False):
-                if index >= 0:
-                    sink.write(index, json.loads(line))
-        return sink
+        return [name for name, sink in self._sinks.items() if sink is None]
 
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group; the trainer closes our input
     os.nice(19)
-    folder, answers = Path(sys.argv[1]), os.dup(1)
+    folder, names, answers = Path(sys.argv[1]), sys.argv[2:], os.dup(1)
+    environment = dict(os.environ)  # packages keep things there
     _divert_output(folder / NOTES)
 
     def tell(answer: Record) -> None:
         with suppress(BrokenPipeError):  # the trainer is gone
             os.write(answers, (json.dumps(answer) + "\n").encode())
 
-    with suppress(OSError):  # a killed run's writer may still be finishing
-        fcntl.flock(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), fcntl.LOCK_EX)
-    follower = Follower(folder, tell)
+    if not names:
+        _wait_for_turn(folder / LOCK)
+    follower = Follower(folder, tell, names)
     follower.follow()
     while os.read(0, 4096):
         follower.follow()
     signal.alarm(ALONE_S)  # nobody may be left to end this
     follower.follow()
-    follower.finish()
+    failed = follower.finish()
+    if failed and not names:
+        # Once more, in a process of its own: packages remember what failed.
+        command = [sys.executable, "-m", "captioning.run_logs.writer", str(folder), *failed]
+        subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=answers, check=False)
+
+
+def _wait_for_turn(path: Path) -> None:
+    """A killed run's process may still be finishing."""
+    with suppress(OSError):
+        fcntl.flock(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), fcntl.LOCK_EX)
 
 
 def _divert_output(path: Path) -> None:
     """What the packages print goes into a file."""
     try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     except OSError:
         file = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
