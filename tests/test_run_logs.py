@@ -226,13 +226,16 @@ def test_samples_of_entries_before_the_checkpoint_are_taken_up_and_later_ones_dr
     path = tmp_path / RECORDS
     old = [{"step": step, "metrics": {"a": math.nan}, "time": 1.0, "captions": [step]} for step in (1, 2, 3)]
     path.write_text("".join(records.to_line(line) for line in [ABOUT, *old]) + '{"step": 4, "metr')
+    path.write_bytes(path.read_bytes().replace(b'"captions": [3]', b'"captions": [7]'))  # damaged
     log = RunLog(tmp_path, ABOUT, settings())
     log.again(1, {"a": math.nan})
     log.again(2, {"a": 7.0})  # of another run: nothing of it is believed
+    log.again(3, {"a": math.nan})
     log._write()
-    _, first, second = read_records(path)
+    _, first, second, third = read_records(path)
     assert first["captions"] == [1] and first["time"] == 1.0
     assert "captions" not in second and second["metrics"] == {"a": 7.0}
+    assert "captions" not in third and third["step"] == 3
 
 
 def test_nothing_is_touched_before_the_checkpoint_is_known(tmp_path: Path) -> None:

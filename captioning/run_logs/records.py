@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from captioning import monitoring
 
 if TYPE_CHECKING:
@@ -23,20 +25,27 @@ Look = Callable[[dict[str, float]], Record]
 """What an entry is given besides its metrics."""
 
 
-def read_records(path: Path) -> list[Record]:
-    """The first line is about the run, each other belongs to an entry of its journal. Ends before the first line that
-    is damaged; empty where there is no file."""
-    found = []
-    with suppress(OSError, ValueError):
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            found.append(json.loads(line))
+def to_line(record: Record) -> str:
+    """JSON behind its digest."""
+    text = json.dumps(record, default=str)
+    return f"{xxhash.xxh3_64_hexdigest(text.encode())} {text}\n"
+
+
+def parse_line(line: bytes) -> Record | None:
+    """None where it is not what was written."""
+    digest, _, text = line.rstrip(b"\n").partition(b" ")
+    if digest != xxhash.xxh3_64_hexdigest(text).encode():
+        return None
+    found: Record = json.loads(text)
     return found
 
 
-def to_line(record: Record) -> str:
-    return json.dumps(record, default=str) + "\n"
+def read_records(path: Path) -> list[Record | None]:
+    """The first line is about the run, each other belongs to an entry of its journal; None for one that is damaged."""
+    try:
+        return [parse_line(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except OSError:
+        return []
 
 
 class RecordFile:
@@ -104,9 +113,10 @@ class RunLog:
 
     def again(self, step: int, metrics: dict[str, float]) -> None:
         """An entry of an earlier process: its record is taken up, if that is still there."""
-        record, old = {"step": step, "metrics": metrics}, self._old[self._count : self._count + 1]
-        is_known = old and to_line({name: old[0].get(name) for name in record}) == to_line(record)
-        self._keep(old[0] if is_known else {**record, "time": round(time.time(), 3)})
+        record: Record = {"step": step, "metrics": metrics}
+        old = self._old[self._count] if self._count < len(self._old) else None
+        is_known = old is not None and to_line({name: old.get(name) for name in record}) == to_line(record)
+        self._keep(old if old is not None and is_known else {**record, "time": round(time.time(), 3)})
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """A new entry."""

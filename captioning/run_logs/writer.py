@@ -21,7 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from captioning.run_logs.records import RECORDS, Record
+from captioning.errors import CapstanError
+from captioning.run_logs.records import RECORDS, Record, parse_line
 
 LOCK, NOTES = "writer.lock", "writer.log"
 ALONE_S = 60
@@ -81,20 +82,23 @@ class Follower:
             if not line.endswith(b"\n"):
                 self._file.seek(start)  # the rest is still to come
                 return
+            record = parse_line(line)
             if self._about is None:
-                self._begin(json.loads(line))
+                self._begin(record)
             else:
-                self._take(json.loads(line))
+                self._take(record)
 
-    def _begin(self, about: Record) -> None:
+    def _begin(self, about: Record | None) -> None:
+        if about is None:
+            raise CapstanError(f"{self.folder / RECORDS} is damaged: it cannot be written again from there")
         self._about = about
         for name in self.names or about["sinks"]:
             say = partial(self._say, name)
             self._sinks[name] = self._try(name, partial(build_sink, name, self.folder, about, say))
 
-    def _take(self, record: Record) -> None:
+    def _take(self, record: Record | None) -> None:
         for name, sink in self._sinks.items():
-            if sink is not None:
+            if sink is not None and record is not None:
                 self._try(name, partial(sink.write, self._count, record))
         self._count += 1
 
