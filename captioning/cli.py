@@ -130,8 +130,10 @@ def check() -> None:
     from captioning.decoders import check_decoder
     from captioning.encoders import check_encoder
     from captioning.params import load_params
+    from captioning.run_logs import check_installed
 
     params = load_params()
+    check_installed(params.logging)
     for encoder in params.encoders:
         check_encoder(encoder)
     for decoder in params.decoders:

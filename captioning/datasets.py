@@ -230,6 +230,10 @@ class CaptionBatches:
         pairs = zip(choices, self.image_ids, strict=True)
         return [choice[epoch_view(len(choice), seed, epoch, image_id)] for choice, image_id in pairs]
 
+    def strength(self, epoch: int, batch: int) -> float | None:
+        """Of the augmentation in a batch of training; None where there is none."""
+        return None
+
     def _load(self, indices: list[int], world: World, views: Sequence[int] | None) -> Share:
         mine = [indices[i] for i in world.part(len(indices))]
         num_tokens = sum(len(caption) + 1 for i in indices for caption in self.captions[i])  # + 1: eos

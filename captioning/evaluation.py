@@ -97,6 +97,9 @@ class GreedyCider:
 
     def __init__(self, store: FeatureStore, references: list[list[str]], vocabulary: Vocabulary, size: int) -> None:
         self.store, self.vocabulary, self.size = store, vocabulary, size
+        self.references = references
+        self.captions: list[str] = []
+        """What the last call found, an image each."""
         self.metric = CiderD([[simple_tokenize(caption) for caption in captions] for captions in references])
 
     def __call__(
@@ -124,4 +127,5 @@ class GreedyCider:
         captions = [""] * len(self.store)
         for rank, part in enumerate(world.gather(json.dumps(mine).encode())):
             captions[rank :: world.num_processes] = json.loads(part)
+        self.captions = captions
         return float(self.metric.score([simple_tokenize(caption) for caption in captions])[0])

@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from captioning.train_params import SQUARE_ROOT_RULE, check_optimizer
+
 if TYPE_CHECKING:
     from captioning.param_types import Auto
 
@@ -23,8 +25,6 @@ REFERENCE_BATCH = 32
 """Images a step, for which `REFERENCE_RATES` hold."""
 REFERENCE_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
 """Of Adam and its relatives: learning rate, and the `hidden_dim` it was found for."""
-SQUARE_ROOT_RULE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
-"""Optimizers that divide by the gradient's size."""
 
 
 def resolve_min_frequency(setting: int | Auto, num_captions: int) -> int:
@@ -65,15 +65,6 @@ def scale_rate(rate: float, optimizer: str, factor: float) -> float:
     """A rate for a batch `factor` times as large: the square root for Adam and its relatives (see `choose_rate`), in
     proportion for others (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1)."""
     return rate * (math.sqrt(factor) if optimizer in SQUARE_ROOT_RULE else factor)
-
-
-def check_optimizer(optimizer: str) -> None:
-    """Raises ValueError where `learning_rate: auto` knows no rate for this optimizer."""
-    if optimizer not in SQUARE_ROOT_RULE:
-        raise ValueError(
-            f"learning_rate auto knows no rate for {optimizer}, only for {', '.join(SQUARE_ROOT_RULE)}: "
-            "give a number, or range_test"
-        )
 
 
 SMOOTHING = 0.9

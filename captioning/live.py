@@ -111,6 +111,10 @@ class LiveBatches(CaptionBatches):
             draws[sample] = epoch, augmenter.strength(epoch * len(self) + place // self.size)
         return draws
 
+    def strength(self, epoch: int, batch: int) -> float | None:
+        augmenter = self.store.augmenter
+        return None if augmenter is None else augmenter.strength(epoch * len(self) + batch)
+
 
 class LiveCaptioner(Decoder):
     """An encoder and a decoder as one decoder whose `features` are pixels (images, image_px, image_px, 3) uint8."""

@@ -81,17 +81,21 @@ class Position:
 class Journal:
     """What a run logs, as JSON lines; it goes into each checkpoint, so a resumed run has all of it, nothing twice."""
 
-    def __init__(self, log: Any) -> None:
-        """`log(step, metrics)` receives each entry."""
-        self.log, self.lines = log, list[str]()
+    def __init__(self, log: Any, log_again: Any = None) -> None:
+        """`log(step, metrics)` receives each entry; `log_again` those of an earlier process (None: `log` does)."""
+        self.log, self.log_again, self.lines = log, log_again or log, list[str]()
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        self.lines.append(json.dumps({"step": step, "metrics": metrics}))
+        self._keep(step, metrics)
         self.log(step, metrics)
 
     def replay(self, entries: list[dict[str, Any]]) -> None:
         for entry in entries:
-            self(entry["step"], entry["metrics"])
+            self._keep(entry["step"], entry["metrics"])
+            self.log_again(entry["step"], entry["metrics"])
+
+    def _keep(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.append(json.dumps({"step": step, "metrics": metrics}))
 
 
 class Loop:

@@ -88,6 +88,7 @@ class Health:
         self._guards = [thresholds.Guard(limit) for limit in thresholds.build_limits(settings)]
         self._started = self._last_at = clock()
         self._last = self.tally.totals()
+        self.latest: dict[str, Any] | None = None
         self._complaints: set[str] = set()
         self._wake = threading.Event()
         self._outcome: str | None = None
@@ -149,6 +150,7 @@ class Health:
         elapsed = round(now - self._started, 3)
         record = {"kind": "sample", "run": self.run, "time": round(time.time(), 3), "elapsed_s": elapsed}
         record |= {**reading, **pace, "totals": totals}
+        self.latest = record
         try:
             health_records.append(self._path, record)
             max_bytes = int(self._settings.max_file_mb * 1e6)
@@ -238,6 +240,12 @@ def count(images: int = 0, tokens: int = 0) -> None:
     health = _active  # another thread may end the watch between two looks
     if health is not None:
         health.tally.count(images, tokens)
+
+
+def latest() -> dict[str, Any] | None:
+    """The last sample; None without a watch, or before its first one."""
+    health = _active
+    return None if health is None else health.latest
 
 
 class waiting:  # noqa: N801 - used as `with monitoring.waiting():`; a class costs half of what @contextmanager does

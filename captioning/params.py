@@ -15,12 +15,12 @@ from ruamel.yaml.error import YAMLError
 from captioning import paths
 from captioning.decoder_params import DecoderSettings, TransformerSettings
 from captioning.errors import CapstanError, unknown_name
-from captioning.heuristics import check_optimizer
+from captioning.logging_params import LoggingParams
 from captioning.param_errors import explain
 from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
 from captioning.source_params import SourceSettings
 from captioning.tokenizer_params import TokenizerSettings
-from captioning.train_params import TrainParams
+from captioning.train_params import TrainParams, check_optimizer
 
 
 class DataParams(Section):
@@ -211,6 +211,7 @@ class Params(Section):
     report: ReportParams
     recovery: RecoveryParams
     monitoring: MonitoringParams
+    logging: LoggingParams
 
     @model_validator(mode="after")
     def _names_have_settings(self) -> Params:

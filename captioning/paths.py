@@ -70,6 +70,11 @@ def work_root() -> Path:
     return Path(os.environ.get("DVC_ROOT", ".")) / ".work"
 
 
+def logs(captioner: str) -> Path:
+    """What Weights & Biases and TensorBoard read; in `.work`, so that it outlives temporary folders, too."""
+    return work_root() / "logs" / captioner
+
+
 def require(path: Path, stage: str) -> Path:
     """The path, if it holds something.
 

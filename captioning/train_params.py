@@ -123,6 +123,19 @@ OptimizerSettings = Annotated[
 ]
 
 
+SQUARE_ROOT_RULE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+"""Optimizers that divide by the gradient's size."""
+
+
+def check_optimizer(optimizer: str) -> None:
+    """Raises ValueError where `learning_rate: auto` knows no rate for this optimizer."""
+    if optimizer not in SQUARE_ROOT_RULE:
+        raise ValueError(
+            f"learning_rate auto knows no rate for {optimizer}, only for {', '.join(SQUARE_ROOT_RULE)}: "
+            "give a number, or range_test"
+        )
+
+
 class EarlyStopping(Section):
     patience: Positive
     """So many epochs in a row without gain end the run. Schedules still plan with `num_epochs`."""

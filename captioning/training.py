@@ -71,6 +71,7 @@ class DecoderTask:
         self.settings, self.learning_rate, self.journal, self.world = settings, learning_rate, journal, world
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, -(-len(train) // settings.accumulate_steps)
         own = [(name, p) for name, p in decoder.named_parameters() if not name.startswith(ENCODER)]
+        self.tunes_encoder = bool(encoder_parts)
         optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
         self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world, settings.clip_value)
         self.average = Average(self.decoder, settings.ema_decay) if settings.ema_decay else None
@@ -157,6 +158,12 @@ class DecoderTask:
         }
         if self.settings.scheduled_sampling is not None:
             found["own_words"] = self.own_words
+        if self.tunes_encoder:  # its parts come after the decoder's, and have one rate
+            found["encoder_learning_rate"] = self.stepper.optimizer.param_groups[-1]["lr"]
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        strength = self.train.strength(epoch, place * self.settings.accumulate_steps)
+        if strength is not None:
+            found["augmentation_strength"] = strength
         self.journal(step, {f"train/{name}": value for name, value in found.items()})
 
     def _loss(self, share: Share) -> Tensor | None:

@@ -1,70 +1,58 @@
-"""A training run's curves, as DVCLive keeps them: `dvc plots` and the report read them."""
+"""Where a training run's journal goes: DVCLive always, Weights & Biases and TensorBoard where params.yaml says so."""
 
 from __future__ import annotations
 
-import json
-import os
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from captioning import monitoring, storage
-from captioning.distributed import World
-from captioning.errors import CapstanError
+if TYPE_CHECKING:
+    from captioning.curves import Curves
+    from captioning.run_logs.records import RunLog
+    from captioning.training import DecoderTask
+
+FINISH_S = 60.0
+"""For what is still on its way when the run is done; the rest stays in its folder."""
+INTERRUPTED_S = 5.0
+"""The same where somebody waits for this process to end."""
 
 
 class TrainingLog:
-    """DVCLive in `live_dir`, as a log function of the main process; it never touches dvc.yaml.
+    """The main process's; the others' (both None) takes everything and writes nothing."""
 
-    What cannot be written (a full disk) must not end the run: it is all in the journal, and `mend` writes it again.
-    """
-
-    def __init__(self, live_dir: Path, world: World) -> None:
-        self.live_dir, self.is_main = live_dir, world.is_main
-        self.live: Any = None
-        self.torn = not self._begin()
-
-    def _begin(self) -> bool:
-        if not self.is_main:
-            return True
-        from dvclive import Live
-
-        os.environ.setdefault("DVCLIVE_LOGLEVEL", "ERROR")
-        try:
-            storage.remove(self.live_dir)  # a resumed run logs all again, from its checkpoint
-            self.live = Live(dir=str(self.live_dir), dvcyaml=None, report=None, save_dvc_exp=False)
-        except OSError:
-            return False
-        return True
+    def __init__(self, curves: Curves | None, run_log: RunLog | None = None) -> None:
+        self.curves, self.run_log = curves, run_log
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
-        if self.live is None:
-            return
-        try:
-            self.live.step = step
-            for name, value in metrics.items():
-                self.live.log_metric(name, value)
-            self.live.make_summary()
-        except OSError as error:
-            self.torn = True
-            monitoring.alert("curves", f"training curves are not written ({error.strerror}); they are when it ends")
+        """A new entry of the journal."""
+        if self.curves is not None:
+            self.curves.add(step, metrics)
+        if self.run_log is not None:
+            self.run_log.add(step, metrics)
+
+    def again(self, step: int, metrics: dict[str, float]) -> None:
+        """An entry that an earlier process made, and that a checkpoint brought."""
+        if self.curves is not None:
+            self.curves.add(step, metrics)
+        if self.run_log is not None:
+            self.run_log.again(step, metrics)
+
+    def watch(self, task: DecoderTask) -> None:
+        """Looks at a task's model and captions, too, where something besides DVCLive is on."""
+        if self.run_log is not None:
+            from captioning.run_logs.looks import Looks
+
+            self.run_log.look = Looks(task, self.run_log.settings)
 
     def mend(self, lines: list[str]) -> None:
-        """Writes everything again from the journal, where something could not be written."""
-        if not self.torn:
-            return
-        self.torn = not self._begin()
-        for entry in map(json.loads, lines):
-            self(entry["step"], entry["metrics"])
-        if self.torn:
-            raise CapstanError(
-                f"{self.live_dir} cannot be written. Make room and run `dvc repro` again; nothing is lost."
-            )
+        """See `Curves.mend`: what DVC tracks must be whole. Raises CapstanError where it cannot be."""
+        if self.curves is not None:
+            self.curves.mend(lines)
 
     def __enter__(self) -> TrainingLog:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self.live is not None:
-            with suppress(OSError):
-                self.live.end()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.curves is not None:
+            self.curves.close()
+        if self.run_log is not None:
+            self.run_log.close(FINISH_S if kind is None else INTERRUPTED_S)

@@ -137,9 +137,9 @@ def pick_examples(inputs: ReportInputs, tables: list[Table]) -> list[tuple[str, 
 def select_params(params: Params) -> dict[str, Any]:
     """The params as plain values, less the settings of sources, encoders and decoders that are not used.
 
-    `recovery` and `monitoring` change no result, and addresses may hold passwords.
+    `recovery`, `monitoring` and `logging` change no result, and addresses may hold passwords.
     """
-    tree = params.model_dump(mode="json", exclude={"monitoring", "recovery"})
+    tree = params.model_dump(mode="json", exclude={"logging", "monitoring", "recovery"})
     used = {
         "source_settings": params.data.sources,
         "encoder_settings": params.encoders,

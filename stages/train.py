@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captioning import paths, stage, storage, tracked, work
+from captioning import paths, run_logs, stage, storage, tracked, work
 
 if TYPE_CHECKING:
     from captioning.datasets import CaptionBatches
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from captioning.distributed import World
     from captioning.encoders import Encoder
     from captioning.live import LiveBatches
+    from captioning.logging_params import LoggingParams
     from captioning.params import DecoderSettings, EncoderSettings, RecoveryParams, TrainParams
     from captioning.resolving import Data, Resolved
     from captioning.training import DecoderTask
@@ -35,17 +36,19 @@ def train(
     decoder_settings: DecoderSettings,
     settings: TrainParams,
     recovery: RecoveryParams,
+    logging: LoggingParams,
     prepared: Path,
     features: Path,
     shards: Path,
     live_dir: Path,
+    logs: Path,
     out: Path,
 ) -> None:
-    """Trains, and publishes the complete model directory `out`; DVCLive's history goes to `live_dir` as it grows."""
+    """Trains, and publishes the complete model directory `out`; DVCLive's history goes to `live_dir` as it grows, and
+    what `logging` asks for to `logs`."""
     from captioning import models, training
     from captioning.decoders import DecoderConfig, start_decoder
     from captioning.distributed import join_world
-    from captioning.training_log import TrainingLog
     from captioning.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.load(prepared / "vocabulary.json")
@@ -61,7 +64,10 @@ def train(
         with tracked.read_verified(folder):
             data = _load_data(prepared, folder, encoder, vocabulary, settings)
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
-        with work.open_work("train", name, resolved, world) as found, TrainingLog(live_dir, world) as log:
+        with (
+            work.open_work("train", name, resolved, world) as found,
+            _open_log(live_dir, logs, name, resolved, logging, world) as log,
+        ):
             model, parts = _assemble(encoder, start_decoder(config, vocabulary), encoder_settings, settings)
             values = _resolve(model, data, decoder_settings, settings, found.folder, world)
             task, num_skipped = _train(model, data, values, recovery, found, log, world, parts)
@@ -73,6 +79,17 @@ def train(
                 log.mend(task.journal.lines)
                 storage.publish(found.folder / "model", out)
                 found.published()
+
+
+def _open_log(
+    live_dir: Path, logs: Path, name: str, resolved: Any, logging: LoggingParams, world: World
+) -> TrainingLog:
+    from captioning.curves import Curves
+    from captioning.training_log import TrainingLog
+
+    if not world.is_main:
+        return TrainingLog(None)
+    return TrainingLog(Curves(live_dir), run_logs.open_log(logging, logs, name, resolved))
 
 
 def _load_encoder(name: str, encoder_settings: EncoderSettings, settings: TrainParams, features: Path) -> Encoder:
@@ -160,8 +177,9 @@ def _train(
     from captioning.loop import Journal, Loop
     from captioning.training import DecoderTask
 
-    journal = Journal(log)
+    journal = Journal(log, log.again)
     task = DecoderTask(model, *data, values.settings, values.learning_rate, journal, world, encoder_parts)
+    log.watch(task)
     keeper = Checkpointer(found.folder / "checkpoints", found.name, recovery, found.lock) if world.is_main else None
     loop = Loop(task, journal, values.settings.max_skipped_steps, keeper, world)
     loop.run()
@@ -263,6 +281,7 @@ def main() -> None:
     from captioning.params import load_params
 
     params = load_params()
+    run_logs.check_installed(params.logging)
     captioner = paths.captioner_name(args.encoder, args.decoder)
     for split in ("train", "val"):
         tracked.require(paths.split_annotations(split), "prepare")
@@ -280,10 +299,12 @@ def main() -> None:
             decoder_settings=params.decoder_settings[args.decoder],
             settings=params.train,
             recovery=params.recovery,
+            logging=params.logging,
             prepared=paths.PREPARED,
             features=features,
             shards=paths.SHARDS,
             live_dir=paths.training(captioner),
+            logs=paths.logs(captioner),
             out=paths.model(captioner),
         )
 

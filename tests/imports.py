@@ -10,12 +10,16 @@ ROOT = Path(__file__).parents[1]
 
 HEALTH = ("alerts", "health_records", "monitoring", "probes", "thresholds")
 PARAMS = (
-    *("decoder_params", "param_errors", "param_types", "params"),
+    *("decoder_params", "logging_params", "param_errors", "param_types", "params"),
     *("source_params", "tokenizer_params", "train_params"),
+)
+LOGS = tuple(
+    f"run_logs/{name}"
+    for name in ("__init__", "looks", "process", "records", "tensorboard_sink", "wandb_sink", "writer")
 )
 PLUMBING = {
     f"captioning/{name}.py"
-    for name in ("__init__", "errors", "interruption", "orphans", "paths", "progress", "stage", *PARAMS, *HEALTH)
+    for name in ("__init__", "errors", "interruption", "orphans", "paths", "progress", "stage", *PARAMS, *HEALTH, *LOGS)
 }
 """Modules that cannot change a result: DVC compares the values of params.yaml themselves (no field has a default, which
 a test holds), and the rest says where files lie, who is alive, and how things look on a terminal."""

@@ -186,3 +186,22 @@ def test_an_image_that_is_not_there(shards: Path, encoder: Encoder) -> None:
     strange = SimpleNamespace(image_id="test/9", shard="00000", key="00000009", captions=[])
     with pytest.raises(CapstanError, match="lacks 1 images"):
         ImageStore(shards, [strange], encoder)
+
+
+def test_the_encoders_rate_and_the_augmentations_strength_are_logged(shards: Path) -> None:
+    task, journal = live_task(shards, build_encoder("efficientnet_lite0", "package"), 1)
+    run(task, journal)
+    found = [line for line in metrics(journal) if "train/loss" in line]
+    ratios = [line["train/encoder_learning_rate"] / line["train/learning_rate"] for line in found[1:]]  # 0 at first
+    assert ratios == pytest.approx([0.1] * 5)
+    strengths = [line["train/augmentation_strength"] for line in found]
+    assert strengths == pytest.approx([0.2 * 5 ** (step / 5) for step in range(6)])
+    used = {strength for epoch in range(3) for _, strength in task.train.draw_views(1, epoch)}
+    assert set(strengths) == used
+
+
+def test_what_is_not_there_is_not_logged(shards: Path, encoder: Encoder) -> None:
+    task, journal = live_task(shards, encoder, "none", num_epochs=1, augment=False)
+    run(task, journal)
+    names = {name for line in metrics(journal) for name in line}
+    assert "train/loss" in names and not names & {"train/encoder_learning_rate", "train/augmentation_strength"}

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 STAGES = [f"stages.{path.stem}" for path in sorted((ROOT / "stages").glob("[!_]*.py"))]
 HEAVY = {"dvclive", "h5py", "img2dataset", "matplotlib", "pandas", "pyarrow", "scipy", "seaborn", "sklearn", "torch"}
-HEAVY |= {"gensim", "torchvision", "transformers", "webdataset"}
+HEAVY |= {"gensim", "tensorboard", "torchvision", "transformers", "wandb", "webdataset"}
 
 
 def imported_by(module: str) -> set[str]:
