@@ -20,11 +20,13 @@ STEPS = 1000
 MIN_EPOCHS, MAX_EPOCHS = 10, 30
 
 REFERENCE_BATCH = 32
-"""Images a step, for which `REFERENCE_RATES` hold."""
-REFERENCE_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
-"""Of Adam and its relatives: learning rate, and the `hidden_dim` it was found for."""
-SQUARE_ROOT_RULE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+"""Images a step, for which the rates below hold."""
+ADAM_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
+"""Learning rate, and the `hidden_dim` it was found for."""
+ADAM_LIKE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
 """Optimizers that divide by the gradient's size."""
+SGD_RATE = 1.0
+"""Of recurrent decoders, without momentum. (2.0 in Vinyals et al. 2016, section 4.3.)"""
 
 
 def resolve_min_frequency(setting: int | Auto, num_captions: int) -> int:
@@ -46,32 +48,40 @@ def choose_num_epochs(steps_per_epoch: int) -> int:
     return max(MIN_EPOCHS, min(MAX_EPOCHS, round(STEPS / steps_per_epoch)))
 
 
-def choose_rate(decoder_type: str, hidden_dim: int, optimizer: str, images_per_step: int) -> float:
-    """A reference rate, scaled with width and batch; two significant digits.
+def choose_rate(
+    decoder_type: str, hidden_dim: int, optimizer: str, images_per_step: int, momentum: float = 0.0
+) -> float:
+    """A reference rate, scaled with the batch and, for Adam and its relatives, the width; two significant digits.
 
-    Adam's rate goes with the inverse of the width (Yang et al. 2021, "Tensor Programs V", table 3) and with the square
-    root of the batch (Krizhevsky 2014, "One weird trick", section 5; Malladi et al. 2022, "On the SDEs and scaling
-    rules for adaptive gradient algorithms", for Adam and RMSprop).
+    Adam's rate goes with the inverse of the width, SGD's is the same for all (Yang et al. 2021, "Tensor Programs V",
+    table 3, for matrices of hidden layers). Momentum m makes a gradient count 1 / (1 - m) times.
 
     Raises:
-        ValueError: an optimizer that no rate is known for.
+        ValueError: no rate is known for this optimizer and type.
     """
-    check_optimizer(optimizer)
-    rate, width = REFERENCE_RATES[decoder_type]
-    return float(f"{scale_rate(rate * width / hidden_dim, optimizer, images_per_step / REFERENCE_BATCH):.2g}")
+    check_rate_known(decoder_type, optimizer)
+    factor = images_per_step / REFERENCE_BATCH
+    if optimizer == "sgd":
+        rate = scale_rate(SGD_RATE * (1 - momentum), optimizer, factor)
+    else:
+        rate, width = ADAM_RATES[decoder_type]
+        rate = scale_rate(rate * width / hidden_dim, optimizer, factor)
+    return float(f"{rate:.2g}")
 
 
 def scale_rate(rate: float, optimizer: str, factor: float) -> float:
-    """A rate for a batch `factor` times as large: the square root for Adam and its relatives (see `choose_rate`), in
-    proportion for others (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1)."""
-    return rate * (math.sqrt(factor) if optimizer in SQUARE_ROOT_RULE else factor)
+    """A rate for a batch `factor` times as large: for Adam and its relatives with the square root (Krizhevsky 2014, "One
+    weird trick", section 5; Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms", for
+    Adam and RMSprop), for SGD in proportion (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1)."""
+    return rate * (math.sqrt(factor) if optimizer in ADAM_LIKE else factor)
 
 
-def check_optimizer(optimizer: str) -> None:
-    """Raises ValueError where `learning_rate: auto` knows no rate for this optimizer."""
-    if optimizer not in SQUARE_ROOT_RULE:
+def check_rate_known(decoder_type: str, optimizer: str) -> None:
+    """Raises ValueError where `learning_rate: auto` knows no rate."""
+    known = ADAM_LIKE if decoder_type == "transformer" else (*ADAM_LIKE, "sgd")
+    if optimizer not in known:
         raise ValueError(
-            f"learning_rate auto knows no rate for {optimizer}, only for {', '.join(SQUARE_ROOT_RULE)}: "
+            f"learning_rate auto knows no rate for {optimizer} with a {decoder_type}, only for {', '.join(known)}: "
             "give a number, or range_test"
         )
 

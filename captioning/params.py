@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from captioning import paths
 from captioning.decoder_params import DecoderSettings, TransformerSettings
 from captioning.errors import CapstanError, unknown_name
-from captioning.heuristics import check_optimizer
+from captioning.heuristics import check_rate_known
 from captioning.param_errors import explain
 from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, PositiveOrAuto, Rate, Section
 from captioning.source_params import SourceSettings
@@ -240,7 +240,7 @@ class Params(Section):
             settings = self.decoder_settings.get(name)
             if settings is not None and settings.learning_rate == "auto":
                 try:
-                    check_optimizer(self.train.optimizer.name)
+                    check_rate_known(settings.type, self.train.optimizer.name)
                 except ValueError as error:
                     raise ValueError(f"decoder_settings.{name}: {error}") from None
         return self
