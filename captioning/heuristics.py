@@ -26,7 +26,7 @@ ADAM_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256
 ADAM_LIKE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
 """Optimizers that divide by the gradient's size."""
 SGD_RATE = 1.0
-"""Of recurrent decoders, without momentum. (2.0 in Vinyals et al. 2016, section 4.3.)"""
+"""Of recurrent decoders, without momentum. (im2txt, the code of Vinyals et al. 2016, begins at 2.0.)"""
 
 
 def resolve_min_frequency(setting: int | Auto, num_captions: int) -> int:
@@ -70,9 +70,12 @@ def choose_rate(
 
 
 def scale_rate(rate: float, optimizer: str, factor: float) -> float:
-    """A rate for a batch `factor` times as large: for Adam and its relatives with the square root (Krizhevsky 2014, "One
-    weird trick", section 5; Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms", for
-    Adam and RMSprop), for SGD in proportion (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1)."""
+    """A rate for a batch `factor` times as large.
+
+    For Adam and its relatives with the square root (Krizhevsky 2014, "One weird trick", section 5; Malladi et al. 2022,
+    "On the SDEs and scaling rules for adaptive gradient algorithms", for Adam and RMSprop), for SGD in proportion
+    (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1).
+    """
     return rate * (math.sqrt(factor) if optimizer in ADAM_LIKE else factor)
 
 
@@ -116,7 +119,7 @@ def choose_rate_by_test(rates: Sequence[float], losses: Sequence[float]) -> floa
     curve = smooth(losses)
     lowest = min(range(len(curve)), key=curve.__getitem__) if curve else 0
     if lowest < MIN_POINTS:
-        raise ValueError(f"the loss rose from the first rates on (after {lowest} steps at {rates[lowest]:.1e})")
+        raise ValueError(f"the loss rose from the first rates on (after {lowest} steps)")
     slopes = [curve[i + 1] - curve[i - 1] for i in range(1, lowest)]
     steepest = 1 + min(range(len(slopes)), key=slopes.__getitem__)
     return float(f"{min(rates[steepest], rates[lowest] / BELOW_MINIMUM):.2g}")

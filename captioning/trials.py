@@ -134,21 +134,20 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
-            if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
+        kwargs = kwargs or {}
+        self._see((args, kwargs), counted=False)  # what was there before: a view of it is no new memory
+        found = function(*args, **kwargs)
+        self._see(found, counted=True)
         return found
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        num_bytes = storage.nbytes()
-        self._known.add(key)
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, num_bytes)
+    def _see(self, values: Any, counted: bool) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self._known:
+                num_bytes = value.untyped_storage().nbytes() * counted
+                self._known.add(key)
+                self.now += num_bytes
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(value.untyped_storage(), self._forget, key, num_bytes)
 
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
