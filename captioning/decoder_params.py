@@ -47,7 +47,8 @@ class RecurrentSettings(Section):
     14). 0: off."""
     dropout: Fraction
     learning_rate: RateOrWord
-    """`auto`: by type, width, optimizer and batch (`captioning.heuristics`). `range_test`: by a trial of 100 steps."""
+    """`auto`: by type, width, optimizer and batch (`captioning.heuristics`). `range_test`: by a trial of at most 120
+    steps."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> RecurrentSettings:

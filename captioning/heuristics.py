@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from captioning.train_params import SQUARE_ROOT_RULE, check_optimizer
+from captioning.train_params import ADAM_LIKE, check_rate_known
 
 if TYPE_CHECKING:
     from captioning.param_types import Auto
@@ -22,9 +22,11 @@ STEPS = 1000
 MIN_EPOCHS, MAX_EPOCHS = 10, 30
 
 REFERENCE_BATCH = 32
-"""Images a step, for which `REFERENCE_RATES` hold."""
-REFERENCE_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
-"""Of Adam and its relatives: learning rate, and the `hidden_dim` it was found for."""
+"""Images a step, for which the rates below hold."""
+ADAM_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
+"""Learning rate, and the `hidden_dim` it was found for."""
+SGD_RATE = 1.0
+"""Of recurrent decoders, without momentum. (im2txt, the code of Vinyals et al. 2016, begins at 2.0.)"""
 
 
 def resolve_min_frequency(setting: int | Auto, num_captions: int) -> int:
@@ -46,25 +48,35 @@ def choose_num_epochs(steps_per_epoch: int) -> int:
     return max(MIN_EPOCHS, min(MAX_EPOCHS, round(STEPS / steps_per_epoch)))
 
 
-def choose_rate(decoder_type: str, hidden_dim: int, optimizer: str, images_per_step: int) -> float:
-    """A reference rate, scaled with width and batch; two significant digits.
+def choose_rate(
+    decoder_type: str, hidden_dim: int, optimizer: str, images_per_step: int, momentum: float = 0.0
+) -> float:
+    """A reference rate, scaled with the batch and, for Adam and its relatives, the width; two significant digits.
 
-    Adam's rate goes with the inverse of the width (Yang et al. 2021, "Tensor Programs V", table 3) and with the square
-    root of the batch (Krizhevsky 2014, "One weird trick", section 5; Malladi et al. 2022, "On the SDEs and scaling
-    rules for adaptive gradient algorithms", for Adam and RMSprop).
+    Adam's rate goes with the inverse of the width, SGD's is the same for all (Yang et al. 2021, "Tensor Programs V",
+    table 3, for matrices of hidden layers). Momentum m makes a gradient count 1 / (1 - m) times.
 
     Raises:
-        ValueError: an optimizer that no rate is known for.
+        ValueError: no rate is known for this optimizer and type.
     """
-    check_optimizer(optimizer)
-    rate, width = REFERENCE_RATES[decoder_type]
-    return float(f"{scale_rate(rate * width / hidden_dim, optimizer, images_per_step / REFERENCE_BATCH):.2g}")
+    check_rate_known(decoder_type, optimizer)
+    factor = images_per_step / REFERENCE_BATCH
+    if optimizer == "sgd":
+        rate = scale_rate(SGD_RATE * (1 - momentum), optimizer, factor)
+    else:
+        rate, width = ADAM_RATES[decoder_type]
+        rate = scale_rate(rate * width / hidden_dim, optimizer, factor)
+    return float(f"{rate:.2g}")
 
 
 def scale_rate(rate: float, optimizer: str, factor: float) -> float:
-    """A rate for a batch `factor` times as large: the square root for Adam and its relatives (see `choose_rate`), in
-    proportion for others (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1)."""
-    return rate * (math.sqrt(factor) if optimizer in SQUARE_ROOT_RULE else factor)
+    """A rate for a batch `factor` times as large.
+
+    For Adam and its relatives with the square root (Krizhevsky 2014, "One weird trick", section 5; Malladi et al. 2022,
+    "On the SDEs and scaling rules for adaptive gradient algorithms", for Adam and RMSprop), for SGD in proportion
+    (Goyal et al. 2017, "Accurate, large minibatch SGD", section 2.1).
+    """
+    return rate * (math.sqrt(factor) if optimizer in ADAM_LIKE else factor)
 
 
 SMOOTHING = 0.9
@@ -97,7 +109,7 @@ def choose_rate_by_test(rates: Sequence[float], losses: Sequence[float]) -> floa
     curve = smooth(losses)
     lowest = min(range(len(curve)), key=curve.__getitem__) if curve else 0
     if lowest < MIN_POINTS:
-        raise ValueError(f"the loss rose from the first rates on (after {lowest} steps at {rates[lowest]:.1e})")
+        raise ValueError(f"the loss rose from the first rates on (after {lowest} steps)")
     slopes = [curve[i + 1] - curve[i - 1] for i in range(1, lowest)]
     steepest = 1 + min(range(len(slopes)), key=slopes.__getitem__)
     return float(f"{min(rates[steepest], rates[lowest] / BELOW_MINIMUM):.2g}")

@@ -20,7 +20,7 @@ from captioning.param_errors import explain
 from captioning.param_types import Count, Name, NotifyUrl, Percent, Positive, Rate, Section
 from captioning.source_params import SourceSettings
 from captioning.tokenizer_params import TokenizerSettings
-from captioning.train_params import TrainParams, check_optimizer
+from captioning.train_params import TrainParams, check_rate_known
 
 
 class DataParams(Section):
@@ -254,7 +254,7 @@ class Params(Section):
             settings = self.decoder_settings.get(name)
             if settings is not None and settings.learning_rate == "auto":
                 try:
-                    check_optimizer(self.train.optimizer.name)
+                    check_rate_known(settings.type, self.train.optimizer.name)
                 except ValueError as error:
                     raise ValueError(f"decoder_settings.{name}: {error}") from None
         return self

@@ -120,10 +120,11 @@ def _find_rate(
 ) -> tuple[dict[str, Any], str]:
     if decoder.learning_rate == "auto":
         optimizer, num_images = settings.optimizer.name, settings.batch_size * settings.accumulate_steps
-        rate = heuristics.choose_rate(decoder.type, decoder.hidden_dim, optimizer, num_images)
+        momentum = getattr(settings.optimizer, "momentum", 0.0)
+        rate = heuristics.choose_rate(decoder.type, decoder.hidden_dim, optimizer, num_images, momentum)
         reason = f"auto: {decoder.type} of width {decoder.hidden_dim}, {optimizer}, {num_images} images a step"
         return {"learning_rate": rate}, reason
-    print("learning rate range test: up to 100 steps", flush=True)
+    print("learning rate range test: up to 120 steps", flush=True)
     curve = range_test(settings)
     try:
         rate = heuristics.choose_rate_by_test([rate for rate, _ in curve], [loss for _, loss in curve])

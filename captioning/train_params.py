@@ -123,15 +123,16 @@ OptimizerSettings = Annotated[
 ]
 
 
-SQUARE_ROOT_RULE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
+ADAM_LIKE = ("adam", "adamw", "adamax", "nadam", "radam", "rmsprop")
 """Optimizers that divide by the gradient's size."""
 
 
-def check_optimizer(optimizer: str) -> None:
-    """Raises ValueError where `learning_rate: auto` knows no rate for this optimizer."""
-    if optimizer not in SQUARE_ROOT_RULE:
+def check_rate_known(decoder_type: str, optimizer: str) -> None:
+    """Raises ValueError where `learning_rate: auto` knows no rate."""
+    known = ADAM_LIKE if decoder_type == "transformer" else (*ADAM_LIKE, "sgd")
+    if optimizer not in known:
         raise ValueError(
-            f"learning_rate auto knows no rate for {optimizer}, only for {', '.join(SQUARE_ROOT_RULE)}: "
+            f"learning_rate auto knows no rate for {optimizer} with a {decoder_type}, only for {', '.join(known)}: "
             "give a number, or range_test"
         )
 

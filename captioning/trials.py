@@ -37,34 +37,45 @@ GPU_SHARE = 0.8
 """Of a GPU's whole memory; the rest is for fragments, libraries and longer captions than those tried."""
 OPTIMIZER_COPIES = 3
 """Of the weights: Adam's two means, and an average of the weights."""
-PROBES = (2, 4)
-"""Images of the two trial steps; a third one before them fills what libraries keep."""
+PROBES = (1, 2, 4, 8, 16)
+"""Images of the trial steps."""
 LAST_EPOCH = 10**6
 """With gradual unfreezing, an epoch in which all stages learn that ever will."""
 
-NUM_RATES, LOWEST_RATE, HIGHEST_RATE = 100, 1e-5, 1.0
+NUM_RATES, LOWEST_RATE, HIGHEST_RATE = 120, 1e-5, 10.0
 DIVERGED = 2.0
 """A range test ends where the smoothed loss is so many times its minimum."""
 
 
 def images_that_fit(model: Decoder, data: Data, settings: PlainTrainParams) -> int:
-    """Images of a step that fit into one process's memory: a line through the memory of two small steps."""
-    train = data[0]
-    if len(train.captions) <= PROBES[-1]:
-        return len(train.captions)
+    """Images of a step that fit into one process's memory: on the line through the memory of its last two trials."""
     with leaving_no_trace():
         task = _rehearse(model, data, settings.model_copy(update={"batch_size": PROBES[-1]}))
-        task.decoder.begin_epoch(LAST_EPOCH)
+        budget = _budget(task.device)
+        weights = sum(p.numel() * p.element_size() for p in task.decoder.parameters())
+        points = _probe(task, budget / 2)
+    if len(points) < 2:
+        return 1
+    (few, before), (more, after) = points[-2:]
+    each = max(1.0, (after - before) / (more - few))
+    return max(1, int((budget - OPTIMIZER_COPIES * weights - (before - few * each)) / each))
+
+
+def _probe(task: DecoderTask, enough: float) -> list[tuple[int, int]]:
+    """Numbers of images, and the bytes of their step: twice as many each time, until `enough` bytes are taken. The
+    first ones are taken up by what does not grow with images, such as the gradients of the weights."""
+    task.decoder.begin_epoch(LAST_EPOCH)
+    points: list[tuple[int, int]] = []
+    for num_images in PROBES:
         try:
-            _, few, more = (bytes_of_step(task, num_images) for num_images in (PROBES[0], *PROBES))
+            points.append((num_images, bytes_of_step(task, num_images)))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return 1
-        weights = sum(p.numel() * p.element_size() for p in task.decoder.parameters())
-    each = (more - few) / (PROBES[1] - PROBES[0])
-    fixed = few - PROBES[0] * each + OPTIMIZER_COPIES * weights
-    return max(1, int((_budget(task.device) - fixed) / each))
+            break
+        if points[-1][1] > enough:
+            break
+    return points
 
 
 def _budget(device: torch.device) -> float:
@@ -94,8 +105,8 @@ def bytes_of_step(task: DecoderTask, num_images: int) -> int:
 
 def _hardest(batches: CaptionBatches, num_images: int) -> Share:
     sizes = [len(group) * (1 + max(map(len, group))) for group in batches.captions]
-    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])[:num_images]
-    return next(batches.epoch(order))
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    return next(batches.epoch((order * num_images)[:num_images]))  # of a few images some come twice
 
 
 @contextmanager
@@ -123,21 +134,20 @@ class PeakBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for value in tree_leaves(found):
-            if isinstance(value, Tensor):
-                self._see(value.untyped_storage())
+        kwargs = kwargs or {}
+        self._see((args, kwargs), counted=False)  # what was there before: a view of it is no new memory
+        found = function(*args, **kwargs)
+        self._see(found, counted=True)
         return found
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        num_bytes = storage.nbytes()
-        self._known.add(key)
-        self.now += num_bytes
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, num_bytes)
+    def _see(self, values: Any, counted: bool) -> None:
+        for value in tree_leaves(values):
+            if isinstance(value, Tensor) and (key := value.untyped_storage()._cdata) not in self._known:
+                num_bytes = value.untyped_storage().nbytes() * counted
+                self._known.add(key)
+                self.now += num_bytes
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(value.untyped_storage(), self._forget, key, num_bytes)
 
     def _forget(self, key: int, num_bytes: int) -> None:
         self._known.discard(key)
@@ -148,7 +158,7 @@ def range_test(
     model: Decoder, data: Data, settings: PlainTrainParams, num_processes: int = 1
 ) -> list[tuple[float, float]]:
     """A learning rate range test (Smith 2017): training with a rate that rises by the same factor from step to step,
-    from 1e-5 to 1 in 100 steps, until the loss diverges.
+    from 1e-5 to 10 in 120 steps, until the loss diverges.
 
     Args:
         num_processes: that will share a batch; here one takes all of it, in as many pieces.
