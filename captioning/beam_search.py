@@ -70,10 +70,10 @@ def beam_search(
         decoder: in evaluation mode.
         features: (images, num_regions, encoder_dim).
         num_beams: at least 1; wider than the space of sequences makes the search exhaustive.
-        max_length: words at most.
+        max_length: tokens at most (words, or pieces of words).
         length_penalty: see above; 0 compares plain sums, larger values favour longer captions.
-        no_repeat_trigram: no three words in a row occur twice in a caption.
-        min_length: words at least; eos is banned before them.
+        no_repeat_trigram: no three tokens in a row occur twice in a caption.
+        min_length: tokens at least; eos is banned before them.
 
     Returns:
         One hypothesis an image, in the order of `features`.

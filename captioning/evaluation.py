@@ -113,7 +113,7 @@ class GreedyCider:
         """Scale as pycocoevalcap's, so 1.0 is a good captioner. Each rank captions its images; all score all.
 
         Args:
-            min_length: words at least; at most the vocabulary's `max_length` counts.
+            min_length: tokens at least; at most the vocabulary's `max_length` counts.
             fitting: as in `foresee`.
         """
         images, longest = world.part(len(self.store)), self.vocabulary.max_length

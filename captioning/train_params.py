@@ -159,7 +159,7 @@ class EosSuppression(Section):
     """Against captions that end too early: a term of the loss, and no end before `min_length` in validation."""
 
     min_length: Positive
-    """Words."""
+    """Tokens."""
     weight: Rate
     """Of the term beside the cross entropy."""
 
