@@ -290,7 +290,7 @@ def test_sampling_makes_a_model_rely_less_on_the_words_it_is_given(tmp_path) -> 
     read words of its own looks at the image instead, so a false first word misleads it less."""
     losses = {}
     for name, sampling in (("never", None), ("always", dict(start_epoch=1, every_epochs=1, increase=1.0, maximum=1.0))):
-        task, journal = build(tmp_path, num_epochs=12, scheduled_sampling=sampling, dropout=0.0)
+        task, journal = build(tmp_path, num_epochs=24, scheduled_sampling=sampling, dropout=0.0)
         task.train.captions[:] = [[captions[0][:1] * 2] for captions in task.train.captions]
         run(task, journal)
         batch = next(task.val.epoch()).batch
