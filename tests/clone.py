@@ -22,6 +22,7 @@ TINY: dict[str, Any] = {
     },
     "download": {"samples_per_shard": 16},
     "prepare": {"num_samples": 4},
+    "decoders": ["lstm", "gru"],
     "decoder_settings": {
         name: {"embedding_dim": 16, "hidden_dim": 16, "attention_dim": 16, "region_dim": 16} for name in ("lstm", "gru")
     },
