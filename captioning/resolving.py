@@ -14,14 +14,8 @@ from captioning.errors import CapstanError
 from captioning.train_params import PlainTrainParams, TrainParams
 
 if TYPE_CHECKING:
-    from captioning.datasets import CaptionBatches
     from captioning.decoder_params import DecoderSettings
-    from captioning.evaluation import GreedyCider
-
-    Data = tuple[CaptionBatches, CaptionBatches, GreedyCider]
-    """Train, validation, and validation's metric."""
-else:
-    Data = tuple
+    from captioning.training_data import Data
 
 FILE = "resolved.jsonl"
 SEARCHED_AT_ONCE = 4

@@ -26,9 +26,10 @@ from captioning.heuristics import smooth
 from captioning.live import LiveCaptioner
 from captioning.loop import Journal
 from captioning.memory import is_out_of_memory
-from captioning.resolving import Data, set_sizes
+from captioning.resolving import set_sizes
 from captioning.train_params import ConstantScheduler, PlainTrainParams
 from captioning.training import DecoderTask
+from captioning.training_data import Data
 
 CPU_BUDGET = 2 * 10**9
 """Bytes for what a process keeps in a step on a CPU: its weights, their gradients and all that backward needs. A

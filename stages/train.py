@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING, Any
 from captioning import paths, run_logs, stage, storage, tracked, work
 
 if TYPE_CHECKING:
-    from captioning.datasets import CaptionBatches
     from captioning.decoders import Decoder
     from captioning.distributed import World
     from captioning.encoders import Encoder
-    from captioning.live import LiveBatches
     from captioning.logging_params import LoggingParams
     from captioning.params import DecoderSettings, EncoderSettings, RecoveryParams, TrainParams
-    from captioning.resolving import Data, Resolved
+    from captioning.resolving import Resolved
     from captioning.training import DecoderTask
+    from captioning.training_data import Data
     from captioning.training_log import TrainingLog
-    from captioning.vocabulary import Vocabulary
 
 PACKAGES = ("torch", "numpy", "h5py", "safetensors")
 
@@ -49,6 +47,7 @@ def train(
     from captioning import models, training
     from captioning.decoders import DecoderConfig, start_decoder
     from captioning.distributed import join_world
+    from captioning.training_data import load_data
     from captioning.vocabulary import Vocabulary
 
     vocabulary = Vocabulary.load(prepared / "vocabulary.json")
@@ -62,7 +61,7 @@ def train(
         training.seed_everything(settings.seed, settings.deterministic)
         folder = shards if settings.encoder_mode == "live" else features
         with tracked.read_verified(folder):
-            data = _load_data(prepared, folder, encoder, vocabulary, settings)
+            data = load_data(prepared, folder, encoder, vocabulary, settings)
         name = _fingerprint(resolved, config, encoder, data[0], prepared, world)
         with (
             work.open_work("train", name, resolved, world) as found,
@@ -198,45 +197,6 @@ def _fingerprint(resolved: Any, config: Any, encoder: Any, batches: Any, prepare
     settings = [resolved, asdict(config), encoder.describe(), batches.store.digests, vectors, arithmetic]
     inputs = [prepared / f"{name}.json" for name in ("train", "val", "vocabulary")]
     return work.fingerprint("train", settings, inputs, PACKAGES)
-
-
-def _load_data(prepared: Path, folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams) -> Data:
-    """Batches of train and val, and the validation's metric; `folder` holds features, or shards in live mode. All sizes
-    are 1 until `_resolve` sets them."""
-    from captioning.annotations import load_annotations
-    from captioning.evaluation import GreedyCider
-
-    annotations = {split: load_annotations(prepared / f"{split}.json") for split in ("train", "val")}
-    load = _load_live if settings.encoder_mode == "live" else _load_cached
-    batches = load(annotations, folder, encoder, vocabulary, settings)
-    references = [annotation.captions for annotation in annotations["val"]]
-    cider = GreedyCider(batches["val"].store, references, vocabulary, 1)
-    return batches["train"], batches["val"], cider
-
-
-def _load_cached(
-    annotations: dict[str, Any], folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
-) -> dict[str, CaptionBatches]:
-    from captioning.datasets import CaptionBatches, FeatureStore
-
-    return {
-        split: CaptionBatches(FeatureStore(folder, found, verify=True), found, vocabulary, 1)
-        for split, found in annotations.items()
-    }
-
-
-def _load_live(
-    annotations: dict[str, Any], folder: Path, encoder: Encoder, vocabulary: Vocabulary, settings: TrainParams
-) -> dict[str, LiveBatches]:
-    from captioning.augmentation import Augmenter
-    from captioning.live import ImageStore, LiveBatches
-
-    augmenter = Augmenter(settings.augmentation, settings.seed, 1) if settings.augmentation else None
-    augmenters = {"train": augmenter, "val": None}
-    return {
-        split: LiveBatches(ImageStore(folder, found, encoder, augmenters[split]), found, vocabulary, 1)
-        for split, found in annotations.items()
-    }
 
 
 def _record(

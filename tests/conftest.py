@@ -10,6 +10,9 @@ import torch
 
 from captioning.decoders import Decoder, DecoderConfig, build_decoder
 
+# Tensors of tests are tiny: threads would only wait for one another, the longer the busier the machine is.
+torch.set_num_threads(1)
+
 ATTENTION_NAMES = ("bahdanau", "luong_dot", "luong_general", "luong_concat")
 PLAIN: dict[str, dict[str, Any]] = {
     f"{kind}-{attention}": {"type": kind, "attention": attention, "context_gate": attention == "bahdanau"}
