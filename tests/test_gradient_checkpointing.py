@@ -1,4 +1,4 @@
-"""Gradient checkpointing of decoders: the same losses and gradients, with dropout, with less kept; exact resumption.
+"""Gradient checkpointing of decoders: the same losses and gradients, less kept, exact resumption.
 
 Encoders' is in tests/test_encoders.py.
 """

@@ -54,12 +54,14 @@ class AttendFirst(RecurrentDecoder):
         words = [batch.inputs[:rows, :columns, t].flatten() for t, (rows, columns) in enumerate(batch.extents)]
         embedded = self.embed(torch.cat(words))
         running = tuple(part[..., : self.config.hidden_dim].expand(-1, batch.inputs.shape[1], -1) for part in state)
-        found = []
-        start = 0
+        assert self.context_gate is not None
+        joined = (self.attention.query, self.context_gate, self.hidden_gates)
+        from_state = torch.cat([m.weight for m in joined]), torch.cat([m.bias for m in joined])
+        found, start = [], 0
         for steps in self.chunks(len(batch.extents)):
             extents = batch.extents[steps]
             end = start + sum(rows * columns for rows, columns in extents)
-            part = self.run_part(self._unroll, extents, memory, running, embedded[start:end])
+            part = self.run_part(self._unroll, extents, memory, running, embedded[start:end], from_state)
             found.append(part[:2])
             running, start = part[2], end
         hidden, gated = (torch.cat(pair).index_select(0, batch.kept) for pair in zip(*found, strict=True))
@@ -68,15 +70,18 @@ class AttendFirst(RecurrentDecoder):
         return self.dropout(self.combine(hidden, gated))
 
     def _unroll(
-        self, extents: list[tuple[int, int]], memory: Memory, state: State, embedded: Tensor
+        self,
+        extents: list[tuple[int, int]],
+        memory: Memory,
+        state: State,
+        embedded: Tensor,
+        from_state: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor, State]:
         """Some steps, from the first layer's state and the words' embeddings packed: hidden states and gated contexts,
         packed alike, and the state after the last step."""
         word_gates = self.word_gates(embedded)
         dtype = word_gates.dtype  # of autocast, where that is on
-        assert self.context_gate is not None
         rows, columns = extents[0]
-        from_state = (self.attention.query, self.context_gate, self.hidden_gates)
         return unroll(
             self.cell,
             extents,
@@ -84,9 +89,10 @@ class AttendFirst(RecurrentDecoder):
             memory.keys,
             memory.regions.to(dtype),
             tuple(part[:rows, :columns].to(dtype) for part in state),
-            (torch.cat([m.weight for m in from_state]).to(dtype), torch.cat([m.bias for m in from_state]).to(dtype)),
+            (from_state[0].to(dtype), from_state[1].to(dtype)),
             self.context_gates.weight.to(dtype),
             self.attention.score.weight[0].to(memory.keys.dtype),
+            self.recomputes,
         )
 
     def _climb_whole(self, hidden: Tensor, state: State, batch: Batch) -> Tensor:

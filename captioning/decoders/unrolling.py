@@ -94,6 +94,7 @@ def unroll(
     from_state: tuple[Tensor, Tensor],
     from_context: Tensor,
     score: Tensor,
+    checkpointed: bool,
 ) -> tuple[Tensor, Tensor, State]:
     """Runs the decoder over packed captions: at step t over `extents[t]` = (images, captions), all laid end to end.
 
@@ -109,6 +110,7 @@ def unroll(
         from_state: W (attention_dim + region_dim + num_gates × hidden_dim, hidden_dim) and b.
         from_context: V (num_gates × hidden_dim, region_dim).
         score: (attention_dim,).
+        checkpointed: this runs under gradient checkpointing.
 
     Returns:
         Hidden states and gated contexts, packed as `words` are, and the state after the last step. All has their dtype,
@@ -116,7 +118,7 @@ def unroll(
     """
     with torch.autocast(words.device.type, enabled=False):
         hiddens, gated, *last = _Unrolled.apply(
-            cell, extents, words, keys, regions, *from_state, from_context, score, *state
+            cell, extents, checkpointed, words, keys, regions, *from_state, from_context, score, *state
         )
     return hiddens, gated, tuple(last)
 
@@ -162,6 +164,7 @@ class _Unrolled(torch.autograd.Function):
         ctx: Any,
         cell: Cell,
         extents: Sequence[tuple[int, int]],
+        checkpointed: bool,
         words: Tensor,
         keys: Tensor,
         regions: Tensor,
@@ -189,15 +192,17 @@ class _Unrolled(torch.autograd.Function):
             state, saved = cell.advance(gates.unflatten(0, (rows, columns)), hidden_gates, state)
             steps.grid(hiddens, step).copy_(state[0])
             kept += (queries, attention_weights, context, *saved)
-        ctx.cell, ctx.extents = cell, extents
-        # All of it, so that gradient checkpointing, which looks at what is saved here, keeps nothing.
-        ctx.save_for_backward(keys, regions, weight, from_context, score, before, projected, gated, *kept)
+        ctx.cell, ctx.extents, ctx.kept = cell, extents, [] if checkpointed else kept
+        # Gradient checkpointing makes again what is saved here; only what lies elsewhere can be freed as it goes.
+        seen = kept if checkpointed else ()
+        ctx.save_for_backward(keys, regions, weight, from_context, score, before, projected, gated, *seen)
         return hiddens, gated, *state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, for_hiddens: Tensor, for_gated: Tensor, *later: Tensor) -> tuple[Tensor | None, ...]:
         keys, regions, weight, from_context, score, before, projected, gated, *kept = ctx.saved_tensors
+        kept = kept or ctx.kept
         num_kept = len(kept) // len(ctx.extents)
         steps = _Steps(ctx.extents, keys)
         widths = [keys.shape[-1], regions.shape[-1], from_context.shape[0]]
@@ -208,7 +213,8 @@ class _Unrolled(torch.autograd.Function):
         all_weights, for_contexts = (regions.new_zeros(*layout, regions.shape[d]) for d in (1, 2))
         for step in reversed(range(len(ctx.extents))):
             rows, columns = ctx.extents[step]
-            queries, attention_weights, context, *saved = kept[step * num_kept : (step + 1) * num_kept]
+            queries, attention_weights, context, *saved = kept[-num_kept:]
+            del kept[-num_kept:]
             gate = steps.grid(projected, step)[..., widths[0] : -widths[2]]
             inputs, hidden, passed = ctx.cell.retreat(_join(steps.grid(for_hiddens, step), later), tuple(saved))
             for_query, for_gate, for_hidden_gates = steps.grid(for_projected, step).split(widths, -1)
@@ -234,6 +240,6 @@ class _Unrolled(torch.autograd.Function):
         for_regions = all_weights.flatten(1, 2).transpose(1, 2) @ for_contexts.flatten(1, 2)
         for_weight, for_bias = for_projected.T @ before, for_projected.sum(0)
         return (
-            *(None, None, for_words, for_keys.mul_(2 * score).div_(keys), for_regions, for_weight, for_bias),
+            *(None, None, None, for_words, for_keys.mul_(2 * score).div_(keys), for_regions, for_weight, for_bias),
             *(for_words.T @ gated, for_score, *later),
         )
