@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
+
+# Tensors of tests are tiny: threads would only wait for one another, the longer the busier the machine is. Before torch
+# is imported, and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from captioning.decoders import Decoder, DecoderConfig, build_decoder
-
-# Tensors of tests are tiny: threads would only wait for one another, the longer the busier the machine is.
-torch.set_num_threads(1)
 
 ATTENTION_NAMES = ("bahdanau", "luong_dot", "luong_general", "luong_concat")
 PLAIN: dict[str, dict[str, Any]] = {
