@@ -162,8 +162,12 @@ class LiveCaptioner(Decoder):
         return self.decoder.output
 
     @property
-    def recomputes(self) -> bool:
-        return self.decoder.recomputes
+    def checkpointed(self) -> bool:  # type: ignore[override]
+        return self.decoder.checkpointed
+
+    @checkpointed.setter
+    def checkpointed(self, value: bool) -> None:
+        self.encoder.checkpointed = self.decoder.checkpointed = value
 
     def remember(self, features: Tensor) -> tuple[Memory, State]:
         return self.decoder.remember(self.encode(features))

@@ -186,7 +186,9 @@ class TrainParams(Section):
     the encoder can be fine-tuned (`encoder_settings.<name>.trainable`)."""
     augmentation: AugmentationParams | None
     gradient_checkpointing: bool
-    """Recompute an encoder's blocks in the backward pass instead of keeping their activations (live mode)."""
+    """Compute again in the backward pass what would else be kept for it: an encoder's blocks (live mode), chunks of a
+    recurrent decoder's steps, a Transformer's layers, and the logits. Less memory for more time; same results, to
+    rounding."""
     num_epochs: PositiveOrAuto
     """`auto`: by the number of steps in an epoch (`captioning.heuristics`)."""
     batch_size: PositiveOrAuto

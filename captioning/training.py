@@ -67,6 +67,7 @@ class DecoderTask:
         self.device = choose_device()
         self.dtype = choose_precision(settings.precision, self.device)
         self.decoder = decoder.to(self.device)
+        self.decoder.checkpointed = settings.gradient_checkpointing
         self.train, self.val, self.val_cider = train, val, val_cider
         self.settings, self.learning_rate, self.journal, self.world = settings, learning_rate, journal, world
         self.num_epochs, self.steps_per_epoch = settings.num_epochs, -(-len(train) // settings.accumulate_steps)

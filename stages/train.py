@@ -101,7 +101,6 @@ def _load_encoder(name: str, encoder_settings: EncoderSettings, settings: TrainP
     grid = made_with["grid"] if made_with["pooled_from"] else None
     encoder = build_encoder(name, encoder_settings.weights, grid, made_with["class_token"])
     encoder.choose_stages(encoder_settings.trainable)  # a wrong name ends the stage before it reads data
-    encoder.checkpointed = settings.gradient_checkpointing
     return encoder
 
 

@@ -10,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import VARIANTS, random_captions, small_decoder
+from test_live import build_recurrent
 from test_training import Stop, build, run, stop_at
 from test_training_options import EVERYTHING, assert_same, keeper_in
 
 from captioning import penalties
 from captioning.datasets import Batch, collate
 from captioning.decoders import Decoder
+from captioning.encoders import build_encoder
 from captioning.evaluation import Tally
 from captioning.interruption import Interrupted
+from captioning.live import LiveCaptioner
 from captioning.precision import autocast
 from captioning.train_params import EosSuppression
 from captioning.vocabulary import Vocabulary
@@ -126,8 +129,8 @@ def test_chunks_cover_all_steps_and_tokens_once() -> None:
 def test_it_learns_as_the_plain_run_does(tmp_path) -> None:
     histories = []
     for checkpointed in (False, True):
-        task, journal = build(tmp_path, num_epochs=4, label_smoothing=0.1)
-        task.decoder.checkpointed = checkpointed
+        task, journal = build(tmp_path, num_epochs=4, label_smoothing=0.1, gradient_checkpointing=checkpointed)
+        assert task.decoder.checkpointed == checkpointed
         run(task, journal)
         histories.append(task.history)
     for plain, found in zip(*histories, strict=True):
@@ -136,15 +139,11 @@ def test_it_learns_as_the_plain_run_does(tmp_path) -> None:
 
 @pytest.mark.parametrize("kill", [True, False])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, kill: bool) -> None:
-    def start():
-        task, journal = build(tmp_path, **(EVERYTHING | {"num_epochs": 5}))
-        task.decoder.checkpointed = True
-        return task, journal
-
-    wanted, journal = start()
+    options = EVERYTHING | {"num_epochs": 5, "gradient_checkpointing": True}
+    wanted, journal = build(tmp_path, **options)
     run(wanted, journal)
     for stop in (3, 4, None):
-        task, journal = start()
+        task, journal = build(tmp_path, **options)
         stop_at(task, stop, kill, monkeypatch)
         if stop is None:
             run(task, journal, keeper_in(tmp_path))
@@ -153,3 +152,16 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, kill: bool
                 run(task, journal, keeper_in(tmp_path))
     assert_same(task.state_dict(), wanted.state_dict())
     assert task.history == wanted.history
+
+
+def test_in_live_mode_the_encoder_is_checkpointed_with_its_decoder() -> None:
+    encoder = build_encoder("efficientnet_lite0", "random")
+    model = LiveCaptioner(encoder, build_recurrent(encoder), torch.float32)
+    model.checkpointed = True
+    assert encoder.checkpointed and model.decoder.checkpointed and model.recomputes
+    batch = collate(torch.zeros(2, 224, 224, 3, dtype=torch.uint8), random_captions(2, 9), Vocabulary)
+    encoder.unfreeze(encoder.stages[-1:])
+    penalties.loss_sum(model, batch, 0.0, None).backward()
+    found = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert found == {name for name, _ in encoder.named_parameters() if encoder.stage_of(name) == encoder.stages[-1]}
+    assert all(parameter.grad is not None for parameter in model.decoder.parameters())
