@@ -483,7 +483,8 @@ def test_histograms_count_as_numpy_does() -> None:
     found = looks.count(values)
     wanted, edges = np.histogram(values.numpy(), looks.NUM_BINS, (found["low"], found["high"]))
     assert found["counts"] == wanted.tolist() and sum(found["counts"]) == 2000
-    assert found["sum"] == pytest.approx(values.double().sum().item())
+    assert found["sum"] == pytest.approx(values.double().sum().item(), rel=1e-4)
+    assert found["sum_squares"] == pytest.approx(values.double().square().sum().item())
     assert found["low"] == values.min().item() and found["high"] == values.max().item()
     assert sum(looks.count(torch.full((7,), 2.0))["counts"]) == 7
     assert sum(looks.count(torch.tensor([1.0, math.nan, math.inf, 2.0]))["counts"]) == 2

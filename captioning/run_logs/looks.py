@@ -5,6 +5,7 @@ Measurements differ from run to run, so they go into no checkpoint and into noth
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,13 +68,17 @@ def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
 def count(values: Tensor) -> dict[str, Any] | None:
     """None where no number is finite."""
     flat = values.detach().reshape(-1).float().cpu()  # on a GPU histc is not deterministic, and torch refuses it
-    flat = flat[flat.isfinite()]
+    if len(flat) and not math.isfinite(sum(bound.item() for bound in flat.aminmax())):  # cheaper than to ask each
+        flat = flat[flat.isfinite()]
     if not len(flat):
         return None
-    low, high = flat.min().item(), flat.max().item()
+    low, high = (bound.item() for bound in flat.aminmax())
     if low == high:
         low, high = low - 0.5, high + 0.5
-    counts = torch.histc(flat, NUM_BINS, low, high)
-    wide = flat.double()
-    return {"low": low, "high": high, "counts": counts.int().tolist(), "sum": wide.sum().item(),
-            "sum_squares": (wide * wide).sum().item()}  # fmt: skip
+    return {
+        "low": low,
+        "high": high,
+        "counts": torch.histc(flat, NUM_BINS, low, high).int().tolist(),
+        "sum": flat.sum().item(),
+        "sum_squares": flat.dot(flat).item(),
+    }
