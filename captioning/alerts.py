@@ -22,6 +22,12 @@ MAX_BYTES = 1_000_000
 SEND_SECONDS = 30
 
 
+def say(message: str) -> None:
+    """A line on stderr in one piece: `print` writes its end apart, and another thread's line may come between."""
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
+
+
 class Alerts:
     """One stage's open alerts. Safe to call from any thread; never raises."""
 
@@ -44,7 +50,7 @@ class Alerts:
             self._open.add(kind)
             if self._urls:
                 self._outbox.append(message)
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        say(f"WARNING: {message}")
         self._keep({"kind": kind, "value": value, "threshold": threshold, "message": message})
 
     def clear(self, kind: str) -> None:

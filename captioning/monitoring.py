@@ -113,7 +113,7 @@ class Health:
         """Says once that a part of the watch fails."""
         if what not in self._complaints:
             self._complaints.add(what)
-            print(f"monitoring: {what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            alerts.say(f"monitoring: {what}: {type(error).__name__}: {error}")
 
     def _work(self) -> None:
         try:
@@ -230,7 +230,7 @@ def _begin(stage: str, settings: MonitoringParams, folder: Path) -> Health | Non
         health = Health(stage, settings, folder)
         health.start()
     except Exception as error:
-        print(f"monitoring: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        alerts.say(f"monitoring: {type(error).__name__}: {error}")
         return None
     return health
 
@@ -268,7 +268,7 @@ def alert(kind: str, message: str) -> None:
     """Warns, keeps and notifies, once until `clear(kind)`. Without a watch it only warns, each time."""
     health = _active
     if health is None:
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        alerts.say(f"WARNING: {message}")
     elif health.accepts(kind):
         health.alerts.alert(kind, message)
         health.nudge()

@@ -25,7 +25,12 @@ def write(path: Path, text: str) -> Path:
 
 def test_the_projects_own_params_are_valid() -> None:
     params = load_params(ROOT / "params.yaml")
-    assert params.captioners() == ["efficientnet_lite0-lstm", "efficientnet_lite0-gru", "blip"]
+    assert params.captioners() == [
+        "efficientnet_lite0-lstm",
+        "efficientnet_lite0-gru",
+        "efficientnet_lite0-transformer",
+        "blip",
+    ]
 
 
 def test_no_field_has_a_default() -> None:
