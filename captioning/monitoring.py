@@ -13,7 +13,6 @@ process forked from the stage (a loader's worker) counts is not seen.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
