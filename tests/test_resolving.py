@@ -14,6 +14,7 @@ import torch
 from ruamel.yaml import YAML
 from test_checkpoints import settings as recovery
 from test_datasets import annotation
+from test_distributed import torchrun
 from test_memory import gpu_error
 from test_training import WORDS, Stop, build, settings
 from test_training_options import assert_same
@@ -36,7 +37,7 @@ WORDY = {"batch_size": "auto", "num_epochs": "auto"}
 def parse(learning_rate: Any = 0.001, frequency: Any = 2, **train: Any):
     tree = YAML(typ="safe", pure=True).load(ROOT / "params.yaml")
     tree["decoder_settings"]["lstm"]["learning_rate"] = learning_rate
-    tree["prepare"]["min_frequency"] = frequency
+    tree["prepare"]["tokenizer"]["min_frequency"] = frequency
     tree["train"] |= train
     return parse_params(tree)
 
@@ -46,7 +47,7 @@ def parse(learning_rate: Any = 0.001, frequency: Any = 2, **train: Any):
 
 def test_words_may_stand_for_numbers() -> None:
     params = parse("range_test", "auto", **WORDY)
-    assert params.train.batch_size == params.train.num_epochs == params.prepare.min_frequency == "auto"
+    assert params.train.batch_size == params.train.num_epochs == params.prepare.tokenizer.min_frequency == "auto"
     assert params.decoder_settings["lstm"].learning_rate == "range_test"
     assert parse("5e-4", "3", batch_size="64").train.batch_size == 64  # as `dvc exp run -S` may write them
 
@@ -58,7 +59,10 @@ def test_words_may_stand_for_numbers() -> None:
         ({"batch_size": 0}, "train.batch_size: Input should be greater than 0 (got 0)"),
         ({"num_epochs": "many"}, "train.num_epochs: Input should be a valid integer or 'auto' (got 'many')"),
         ({"num_epochs": "range_test"}, "train.num_epochs: Input should be a valid integer or 'auto'"),
-        ({"frequency": "often"}, "prepare.min_frequency: Input should be a valid integer or 'auto' (got 'often')"),
+        (
+            {"frequency": "often"},
+            "prepare.tokenizer.min_frequency: Input should be a valid integer or 'auto' (got 'often')",
+        ),
         (
             {"learning_rate": "find"},
             "decoder_settings.lstm.learning_rate: Input should be a valid number, 'auto' or 'range_test' (got 'find')",
@@ -329,6 +333,32 @@ def test_a_checkpoint_of_other_sizes_is_refused(tmp_path) -> None:
         other.load_state_dict(task.state_dict())
 
 
+RANKS = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from captioning.distributed import join_world
+from test_resolving import WORDY, Asked, resolve
+with join_world() as world:
+    asked = Asked(fits=9) if world.is_main else None  # the other process has nothing to ask
+    asked = asked or type("Nothing", (), dict(images_that_fit=None, range_test=None))()
+    values = resolve(Path({folder!r}), asked, "range_test", world, **WORDY)
+    sizes = values.settings.batch_size, values.settings.num_epochs, values.learning_rate
+    (Path({folder!r}) / f"rank{{world.rank}}").write_text(json.dumps(sizes))
+"""
+
+
+def test_all_processes_get_what_the_main_one_found(tmp_path) -> None:
+    """Two processes hold 18 images between them, if each one's memory holds 9."""
+    here = Path(__file__).parent
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(tests=str(here), root=str(here.parent), folder=str(tmp_path)))
+    said = torchrun("--standalone", "--nproc-per-node=2", script)
+    assert said.count("batch_size 16 (auto: 5997 train images, 18 at once fit") == 1
+    found = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(2)]
+    assert found[0] == found[1] and found[0][:2] == [16, 10]
+
+
 # The stage
 
 
@@ -360,7 +390,8 @@ def run_stage(folders: dict[str, Path], out: Path, learning_rate: Any, **train: 
     decoder = params.decoder_settings["lstm"].model_copy(update=small)
     stage.train(
         "efficientnet_lite0", "lstm", params.encoder_settings["efficientnet_lite0"], decoder, params.train,
-        recovery(checkpoint_steps=3), **folders, live_dir=out / "live", out=out / "model",
+        recovery(checkpoint_steps=3), params.logging, **folders, live_dir=out / "live", logs=out / "logs",
+        out=out / "model",
     )  # fmt: skip
 
 
