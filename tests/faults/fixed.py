@@ -12,9 +12,11 @@ STRUCK = {
     "train*2": ("stage", "rank0", "rank1", "writer", "group", "dvc"),  # `stage` is torchrun's agent here
     "features*2": ("stage", "rank0", "rank1"),
     "generate*2": ("rank1",),
+    "train*live": ("stage", "writer", "group", "dvc"),
+    "generate*live": ("stage",),
     "download*web": ("worker", "stage", "group"),
 }
-"""Who is killed when half of the work is done, where several processes do it."""
+"""Who is killed when half of a variant's work is done."""
 WHOLE_TOO = set(TARGETS)
 
 

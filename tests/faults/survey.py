@@ -1,8 +1,8 @@
 """Templates: tiny clones after uninterrupted runs, and what each stage did to files meanwhile.
 
 Cases are copies of a template without one stage's results (or without all), so no case waits for another's stages.
-A stage is named as in DVC, or with the variant of the template: `train*2` is train in two processes, `download*web`
-a download from `faults.web`'s unreliable server.
+A stage is named as in DVC, or with the variant of the template: `train*2` is train in two processes, `train*live`
+one that fine-tunes the encoder, `download*web` a download from `faults.web`'s unreliable server.
 """
 
 from __future__ import annotations
@@ -45,13 +45,19 @@ SETTINGS: dict[str, Any] = {
 }
 """Over `clone.TINY`: many small pieces of work, so that there is something to resume."""
 CHECKPOINT_STEPS = 2
-TWO, WEB = "2", "web"
+TWO, WEB, LIVE = "2", "web", "live"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "": tuple(TARGETS),
     TWO: ("features*2", "train*2", "generate*2"),
     WEB: ("download*web",),
+    LIVE: ("train*live", "generate*live"),
 }
 """Stages of each template."""
+LIVE_SETTINGS: dict[str, Any] = {
+    "train": {"encoder_mode": "live", "num_epochs": 3},
+    "encoder_settings": {"efficientnet_lite0": {"trainable": 2, "unfreeze_every_epochs": 1}},
+}
+"""Augmented images; the encoder thaws in the second epoch and the third."""
 UNITS = {
     "download": r"/parts/.*\.parquet\.tmp$",
     "features": r"\.h5(\.\d+)?\.tmp$",  # ranks but the first add their process's number
@@ -159,6 +165,8 @@ def make_variant(folder: Path, name: str) -> None:
     if name == WEB:
         (path / web.TABLE).write_text(web.table())
         clone.set(web.SETTINGS)
+    elif name == LIVE:
+        clone.set(LIVE_SETTINGS)
     else:
         clone.set({base(stage): {"num_processes": int(name)} for stage in VARIANTS[name]})
     _run_stages(clone, folder, {stage: TARGETS[base(stage)] for stage in VARIANTS[name]})
