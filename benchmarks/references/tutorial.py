@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captioning.datasets import Batch
-from captioning.decoders.recurrent import AttendFirst
+from captioning.decoders.attend_first import AttendFirst
 from captioning.vocabulary import Vocabulary
 
 
@@ -25,7 +25,7 @@ def _cell(decoder: AttendFirst, word: Tensor, hidden: Tensor, cell: Tensor, regi
     write, keep, show, new = gates.chunk(4, -1)
     cell = keep.sigmoid() * cell + write.sigmoid() * new.tanh()
     hidden = show.sigmoid() * cell.tanh()
-    return decoder.logits(hidden, context), hidden, cell
+    return decoder.output(decoder.combine(hidden, context)), hidden, cell
 
 
 def _start(decoder: AttendFirst, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
