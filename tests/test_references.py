@@ -1,4 +1,4 @@
-"""The peers that `make bench` compares with are built of today's decoders and compute the same: else ratios say nothing."""
+"""The peers of `make bench` are built of today's decoders and compute the same: else ratios say nothing."""
 
 from __future__ import annotations
 
