@@ -175,6 +175,9 @@ class TrainParams(Section):
     """Compute again in the backward pass what would else be kept for it: an encoder's blocks (live mode), chunks of a
     recurrent decoder's steps, a Transformer's layers, and the logits. Less memory for more time; same results, to
     rounding."""
+    compile: bool
+    """Compile the encoder (live mode), a Transformer, or what a recurrent decoder does outside its loop, with
+    torch.compile; where that fails, training says so and goes on without."""
     num_epochs: Positive
     batch_size: Positive
     """Images per batch over all processes; each brings all its captions."""

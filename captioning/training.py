@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captioning import monitoring
 from captioning.averaging import Average
+from captioning.compiling import Compilation
 from captioning.datasets import CaptionBatches, Share, epoch_order
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
@@ -70,6 +71,7 @@ class DecoderTask:
         optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
         self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world, settings.clip_value)
         self.average = Average(self.decoder, settings.ema_decay) if settings.ema_decay else None
+        self.compilation = Compilation(self.decoder, self._example, world, settings.compile, settings.deterministic)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.tally: Tally | None = None
@@ -94,6 +96,8 @@ class DecoderTask:
     def train_step(self, shares: list[Share], step: int, stop: bool) -> Outcome:
         """The loss is the mean a token over all batches of the step, label smoothing included, whatever their number
         and the number of processes."""
+        self.tally, self.own_words = None, 0.0
+        self.compilation.prepare()
         self.decoder.train()
         seed_step(self.settings.seed, step, self.world.rank)
         self.own_words = sampling_probability(step // self.steps_per_epoch, self.settings.scheduled_sampling)
@@ -141,6 +145,11 @@ class DecoderTask:
             total = loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
         return total / share.num_tokens
 
+    def _example(self) -> Tensor | None:
+        """The loss of this rank's part of the run's first batch, without augmentation."""
+        order = epoch_order(len(self.train.captions), self.settings.seed, 0)
+        return self._loss(next(self.train.epoch(order, world=self.world)))
+
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""
         suppression = self.settings.eos_suppression
@@ -175,6 +184,7 @@ class DecoderTask:
             "average": self.average.state_dict() if self.average is not None else {},
             "stepper": self.stepper.state_dict(),
             "best": self.best.state_dict(),
+            "compile_failed": self.compilation.failed,
             "history": self.history,
         }
 
@@ -184,5 +194,6 @@ class DecoderTask:
             self.average.load_state_dict(state["average"])
         self.stepper.load_state_dict(state["stepper"])
         self.best = Best.from_state(state["best"])
+        self.compilation.resume(state["compile_failed"])
         self.history = state["history"]
         self._stop_early()
