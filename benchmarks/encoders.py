@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import in_turn, machine
+from benchmarks.pages import replace_table
 from captioning.encoders import ENCODERS, Encoder, build_encoder, fuse_encoder
 from captioning.encoders.lite import IMAGE_PX
 from captioning.precision import choose_precision, keep_memory
 
 RESULTS = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parents[1] / "docs" / "encoders.md"
-BEGIN, END = "<!-- from benchmarks/encoders.json: `python -m benchmarks.encoders --table` -->", "<!-- end -->"
+BEGIN = "<!-- from benchmarks/encoders.json: `python -m benchmarks.encoders --table` -->"
 
 BATCH_SIZE = 8
 """As feature extraction has it on a CPU."""
@@ -100,16 +99,6 @@ def build_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_table(results: dict[str, Any]) -> None:
-    """Replaces what stands between the two marks."""
-    text = PAGE.read_text()
-    marked = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    text, num_found = marked.subn(lambda _: f"{BEGIN}\n{build_table(results)}\n{END}", text)
-    if num_found != 1:
-        raise ValueError(f"{PAGE} has {num_found} places for the table, marked by {BEGIN} and {END}")
-    PAGE.write_text(text)
-
-
 def _measure_all(names: list[str], results: dict[str, Any], seconds: float, hub: bool) -> None:
     started, about = time.monotonic(), {"date": datetime.date.today().isoformat(), "machine": machine()}
     for name in names:
@@ -139,7 +128,7 @@ def main() -> None:
         keep_memory()
         wanted = [n for n in args.names or ENCODERS if not (args.missing and n in results)]
         _measure_all(wanted, results, args.seconds, args.hub)
-    write_table({name: results[name] for name in ENCODERS if name in results})
+    replace_table("docs/encoders.md", BEGIN, build_table({name: results[name] for name in ENCODERS if name in results}))
 
 
 if __name__ == "__main__":

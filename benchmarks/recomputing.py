@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import datetime
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,13 +25,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import in_turn, machine
+from benchmarks.pages import replace_table
 from benchmarks.workload import ENCODER_DIM, VOCABULARY_SIZE, synthetic_batch
 from captioning.decoders import DecoderConfig, build_decoder
 from captioning.penalties import loss_sum
 
 RESULTS = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parents[1] / "docs" / "training.md"
-BEGIN, END = "<!-- from benchmarks/recomputing.json: `python -m benchmarks.recomputing --table` -->", "<!-- end -->"
+BEGIN = "<!-- from benchmarks/recomputing.json: `python -m benchmarks.recomputing --table` -->"
 NUM_IMAGES, REPEATS, MB = 16, 7, 1e6
 
 RECURRENT: dict[str, Any] = {"embedding_dim": 512, "attention_dim": 512, "region_dim": 512}
@@ -166,16 +165,6 @@ def build_table(rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_table(rows: dict[str, Any]) -> None:
-    """Replaces what stands between the two marks."""
-    text = PAGE.read_text()
-    marked = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    text, num_found = marked.subn(lambda _: f"{BEGIN}\n{build_table(rows)}\n{END}", text)
-    if num_found != 1:
-        raise ValueError(f"{PAGE} has {num_found} places for the table, marked by {BEGIN} and {END}")
-    PAGE.write_text(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="beginnings of rows' names; none: all")
@@ -195,7 +184,9 @@ def main() -> None:
         print(name, json.dumps({k: row[k] for k in ("plain", "checkpointed", "difference_of_gradients")}), flush=True)
         ordered = {known: results[known] for known in every if known in results}
         RESULTS.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
-    write_table({known: results[known] for known in every if known in results})
+    replace_table(
+        "docs/training.md", BEGIN, build_table({known: results[known] for known in every if known in results})
+    )
 
 
 if __name__ == "__main__":

@@ -6,13 +6,11 @@ python -m benchmarks.table
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 from benchmarks.measure import Row
+from benchmarks.pages import ROOT, replace_table
 
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- from benchmarks/results.json: `python -m benchmarks.table` -->", "<!-- end -->"
+BEGIN = "<!-- from benchmarks/results.json: `python -m benchmarks.table` -->"
 
 GOALS: dict[str, list[tuple[str, str, float]]] = {
     "P1": [("tutorial / ours", "≥", 3), ("ours / products", "≤", 1.3)],
@@ -58,15 +56,9 @@ def build_table(results: dict[str, list[Row]]) -> str:
 
 
 def write_table(results: dict[str, list[Row]]) -> None:
-    """Replaces what stands between the two marks."""
-    table = build_table(results)
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
-        text = path.read_text()
-        marked = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-        text, num_found = marked.subn(lambda _: f"{BEGIN}\n{table}\n{END}", text)
-        if num_found != 1:
-            raise ValueError(f"{path} has {num_found} places for the table, marked by {BEGIN} and {END}")
-        path.write_text(text)
+    """Into both pages."""
+    for page in ("README.md", "docs/performance.md"):
+        replace_table(page, BEGIN, build_table(results))
 
 
 if __name__ == "__main__":

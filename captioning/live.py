@@ -161,6 +161,9 @@ class LiveCaptioner(Decoder):
     def output(self) -> nn.Module:  # type: ignore[override]
         return self.decoder.output
 
+    def parts_to_compile(self) -> list[tuple[nn.Module, str, bool]]:
+        return [(self.encoder, "forward", False), *self.decoder.parts_to_compile()]
+
     @property
     def checkpointed(self) -> bool:  # type: ignore[override]
         return self.decoder.checkpointed

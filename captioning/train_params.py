@@ -189,6 +189,9 @@ class TrainParams(Section):
     """Compute again in the backward pass what would else be kept for it: an encoder's blocks (live mode), chunks of a
     recurrent decoder's steps, a Transformer's layers, and the logits. Less memory for more time; same results, to
     rounding."""
+    compile: bool
+    """Compile the encoder (live mode), a Transformer, or what a recurrent decoder does outside its loop, with
+    torch.compile; where that fails, training says so and goes on without."""
     num_epochs: PositiveOrAuto
     """`auto`: by the number of steps in an epoch (`captioning.heuristics`)."""
     batch_size: PositiveOrAuto

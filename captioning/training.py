@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captioning import monitoring
 from captioning.averaging import Average
+from captioning.compiling import Compilation
 from captioning.datasets import CaptionBatches, Share, epoch_order, largest, pieces
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
@@ -76,6 +77,7 @@ class DecoderTask:
         optimizer = build_optimizer([(own, learning_rate), *encoder_parts], settings.optimizer)
         self.stepper = Stepper(optimizer, settings.clip_norm, self.dtype, world, settings.clip_value)
         self.average = Average(self.decoder, settings.ema_decay) if settings.ema_decay else None
+        self.compilation = Compilation(self.decoder, self._example, world, settings.compile, settings.deterministic)
         self.best = Best()
         self.history: list[dict[str, Any]] = []
         self.tally: Tally | None = None
@@ -104,6 +106,7 @@ class DecoderTask:
         """The loss is the mean a token over all batches of the step, label smoothing included, whatever their number
         and the number of processes. After out-of-memory the step is done again in smaller pieces, and so is each one
         that follows."""
+        self.compilation.prepare()
         self.decoder.train()
         self.own_words = sampling_probability(step // self.steps_per_epoch, self.settings.scheduled_sampling)
         num_tokens = sum(share.num_tokens for share in shares)
@@ -178,6 +181,12 @@ class DecoderTask:
             total = loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
         return total / share.num_tokens
 
+    def _example(self) -> Tensor | None:
+        """The loss of this rank's part of the run's first batch, without augmentation and own words."""
+        self.tally, self.own_words = None, 0.0
+        order = epoch_order(len(self.train.captions), self.settings.seed, 0)
+        return self._loss(next(self.train.epoch(order, world=self.world)))
+
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""
         before = {work: self.fittings[work].num_images for work in ("loss", "search")}
@@ -226,6 +235,7 @@ class DecoderTask:
             "stepper": self.stepper.state_dict(),
             "best": self.best.state_dict(),
             "images_at_once": {work: fitting.num_images for work, fitting in self.fittings.items()},
+            "compile_failed": self.compilation.failed,
             "history": self.history,
             "resolved": self.resolved,
         }
@@ -244,5 +254,6 @@ class DecoderTask:
         self.best = Best.from_state(state["best"])
         for work, num_images in state["images_at_once"].items():
             self.fittings[work].num_images = num_images
+        self.compilation.resume(state["compile_failed"])
         self.history = state["history"]
         self._stop_early()

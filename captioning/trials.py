@@ -32,8 +32,9 @@ from captioning.training import DecoderTask
 from captioning.training_data import Data
 
 CPU_BUDGET = 2 * 10**9
-"""Bytes for what a process keeps in a step on a CPU: its weights, their gradients and all that backward needs. A
-constant, as other programs share that memory, and more images at once are hardly faster there."""
+"""Bytes of tensors in a step on a CPU, with Adam's copies of the weights. The process takes up to twice as much: for
+operators' own buffers, and what the allocator keeps. A constant, as other programs share that memory and more images at
+once are hardly faster there."""
 GPU_SHARE = 0.8
 """Of a GPU's whole memory; the rest is for fragments, libraries and longer captions than those tried."""
 OPTIMIZER_COPIES = 3

@@ -188,14 +188,17 @@ def _fingerprint(resolved: Any, config: Any, encoder: Any, batches: Any, prepare
     """All that the weights' bits depend on."""
     from dataclasses import asdict
 
+    from captioning.compiling import describe_compiler
     from captioning.decoders.word_vectors import digest_vectors
     from captioning.precision import describe_arithmetic
 
-    arithmetic = [world.num_processes, *describe_arithmetic(resolved["train"]["precision"])]
+    settings = resolved["train"]
+    arithmetic = [world.num_processes, *describe_arithmetic(settings["precision"])]
+    arithmetic += describe_compiler(settings["compile"])
     vectors = digest_vectors(config.embeddings) if config.embeddings else None
-    settings = [resolved, asdict(config), encoder.describe(), batches.store.digests, vectors, arithmetic]
+    parts = [resolved, asdict(config), encoder.describe(), batches.store.digests, vectors, arithmetic]
     inputs = [prepared / f"{name}.json" for name in ("train", "val", "vocabulary")]
-    return work.fingerprint("train", settings, inputs, PACKAGES)
+    return work.fingerprint("train", parts, inputs, PACKAGES)
 
 
 def _record(
@@ -220,6 +223,7 @@ def _record(
         "best_epoch": task.best.epoch + 1,
         "best_val_CIDEr": task.best.cider,
         "num_skipped_steps": num_skipped,
+        "compiled": task.compilation.active,
         "history": task.history,
         "environment": {
             "python": platform.python_version(),

@@ -78,11 +78,17 @@ class Decoder(nn.Module):
     """Longest caption it can read, bos counted; None: any."""
     output: nn.Module
     """What makes logits of what `read` gives."""
+    compiled: tuple[str, ...] = ()
+    """Methods that `train.compile` compiles: without loops over steps, each caption's length would be other code."""
     checkpointed = False
     """Gradient checkpointing: the backward pass computes again what the forward pass would else have to keep."""
 
     def begin_epoch(self, epoch: int) -> None:
         """Called before an epoch's first batch, also where a run goes on in its middle: a pure function of `epoch`."""
+
+    def parts_to_compile(self) -> list[tuple[nn.Module, str, bool]]:
+        """Modules, methods of theirs, and whether their inputs' sizes vary from batch to batch."""
+        return [(self, name, True) for name in self.compiled]
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits (num_tokens, vocabulary_size) for `batch.packed_targets`."""

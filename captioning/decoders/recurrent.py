@@ -49,6 +49,8 @@ class RecurrentDecoder(Decoder):
     """What all shapes share. A state is (hidden, cell) or (hidden,), each (images, beams, num_layers × hidden_dim), and
     with input feeding the attentional vector of the word before."""
 
+    compiled = ("remember", "combine")
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config

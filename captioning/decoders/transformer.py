@@ -78,6 +78,8 @@ class Layer(nn.Module):
 class TransformerDecoder(Decoder):
     """Words are computed packed, without padding; only self- and cross-attention lay them out in their captions."""
 
+    compiled = ("read",)
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
