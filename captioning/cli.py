@@ -128,16 +128,38 @@ def clean(force: bool) -> None:
 def check() -> None:
     """Raises CapstanError where params.yaml is wrong, before DVC deletes the outs of a stage that would then fail."""
     from captioning.decoders import check_decoder
-    from captioning.encoders import check_encoder
+    from captioning.encoders import build_encoder, check_encoder
+    from captioning.errors import CapstanError
     from captioning.params import load_params
     from captioning.run_logs import check_installed
 
-    params = load_params()
+    try:
+        params = load_params()
+    except CapstanError:
+        for encoder in _listed_encoders():  # of an unknown one, its nearest says more than that it lacks settings
+            check_encoder(encoder)
+        raise
     check_installed(params.logging)
     for encoder in params.encoders:
         check_encoder(encoder)
+        trainable = params.encoder_settings[encoder].trainable
+        if params.train.encoder_mode == "live" and trainable not in ("none", "all"):
+            build_encoder(encoder, "random").choose_stages(trainable)
     for decoder in params.decoders:
         check_decoder(params.decoder_settings[decoder].type)
+
+
+def _listed_encoders() -> list[str]:
+    """What `encoders` lists in a params.yaml that need not be right otherwise."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        tree = YAML(typ="safe", pure=True).load(paths.PARAMS)
+    except (OSError, YAMLError):
+        return []
+    names = tree.get("encoders") if isinstance(tree, dict) else None
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def manage_checkpoints(action: str, force: bool) -> None:

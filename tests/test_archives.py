@@ -43,7 +43,7 @@ def sha256(data: bytes) -> str:
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
-            archive.writestr(name, data)
+            archive.writestr(zipfile.ZipInfo(name), data)  # of 1980: the same bytes whenever it is made
     return path
 
 

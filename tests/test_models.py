@@ -87,14 +87,30 @@ def test_bad_images_are_named_without_a_traceback(model, tmp_path, capsys, monke
         assert path.name in capsys.readouterr().err
 
 
-def test_check_finds_what_types_cannot(tmp_path, capsys, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"type: gru": "type: gruu"}, "unknown decoder type 'gruu'. Did you mean 'gru'?"),
+        ({"encoders: [efficientnet_lite0]": "encoders: [densenet156]"}, "Did you mean 'densenet161'?"),
+        ({"encoders: [efficientnet_lite0]": "encoders: [resnet5]"}, "Did you mean 'resnet50'? Choices: alexnet"),
+        (
+            {"mode: cached": "mode: live", "package, trainable: none": "package, trainable: [stage99]"},
+            "encoder_settings.efficientnet_lite0.trainable: efficientnet_lite0 has no stage 'stage99'",
+        ),
+        ({"encoders: [efficientnet_lite0]": "encoders: efficientnet_lite0"}, "encoders: "),
+    ],
+)
+def test_check_finds_what_types_cannot(changes, said: str, tmp_path, capsys, monkeypatch) -> None:
     params = (Path(__file__).parents[1] / "params.yaml").read_text()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["captioning", "check"])
     (tmp_path / "params.yaml").write_text(params)
     cli.main()
     assert "params.yaml is valid" in capsys.readouterr().out
-    (tmp_path / "params.yaml").write_text(params.replace("type: gru", "type: gruu"))
+    for right, wrong in changes.items():
+        assert right in params
+        params = params.replace(right, wrong)
+    (tmp_path / "params.yaml").write_text(params)
     with pytest.raises(SystemExit):
         cli.main()
-    assert "unknown decoder type 'gruu'. Did you mean 'gru'?" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
