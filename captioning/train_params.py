@@ -155,6 +155,17 @@ class ScheduledSampling(Section):
     maximum: Probability
 
 
+class SelfCriticalTraining(Section):
+    """CIDEr-D of captions that the model draws takes the place of cross entropy (`captioning.self_critical`)."""
+
+    start_epoch: Annotated[int, Field(ge=2)]
+    """The first one with it; epochs count from 1. What comes before is trained as if it were the whole run."""
+    num_samples: Annotated[int, Field(ge=2)]
+    """Captions drawn for each image in a step."""
+    rate_factor: Annotated[float, Field(gt=0, le=1)]
+    """Of the base rates, from `start_epoch` on, in place of the scheduler's."""
+
+
 class EosSuppression(Section):
     """Against captions that end too early: a term of the loss, and no end before `min_length` in validation."""
 
@@ -204,6 +215,7 @@ class TrainParams(Section):
     label_smoothing: Fraction
     eos_suppression: EosSuppression | None
     scheduled_sampling: ScheduledSampling | None
+    self_critical: SelfCriticalTraining | None
     clip_norm: Rate | None
     """Of all gradients together; null: off."""
     clip_value: Rate | None
@@ -220,6 +232,19 @@ class TrainParams(Section):
     seed: int
     deterministic: bool
     """Deterministic algorithms alone: the same bits in every run. Off, some are faster on a GPU."""
+
+    @model_validator(mode="after")
+    def _self_critical_begins(self) -> TrainParams:
+        if self.self_critical is None:
+            return self
+        start = self.self_critical.start_epoch
+        if self.select_by == "loss":
+            raise ValueError("self_critical raises CIDEr and not the loss: set select_by to CIDEr")
+        if self.num_epochs == "auto":
+            raise ValueError("self_critical needs a number for num_epochs: auto plans cross entropy alone")
+        if start > self.num_epochs:
+            raise ValueError(f"self_critical.start_epoch {start} is after the last of {self.num_epochs} epochs")
+        return self
 
 
 class PlainTrainParams(TrainParams):

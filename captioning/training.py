@@ -1,4 +1,4 @@
-"""Training a decoder: teacher forcing, and validation by loss and free-running CIDEr-D after each epoch."""
+"""Training a decoder: teacher forcing or, after it, self-critical; validation by loss and CIDEr-D after each epoch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from captioning.precision import autocast, choose_device, choose_precision
 from captioning.scheduled_sampling import mix_in_own_words
 from captioning.schedules import Course, learning_rate_factor, sampling_probability
 from captioning.selection import Best, is_enough, score_of
+from captioning.self_critical import Rewards, SelfCritical
 from captioning.train_params import PlainTrainParams
 
 ENCODER = "encoder."
@@ -87,6 +88,12 @@ class DecoderTask:
         """How many of a rank's images at once fit into memory: in a step, and in validation."""
         self.own_words = 0.0
         """How often the step under way reads a word of the decoder's own."""
+        self.critic: SelfCritical | None = None
+        if settings.self_critical is not None:
+            num_samples = settings.self_critical.num_samples
+            self.critic = SelfCritical(train.captions, num_samples, val_cider.vocabulary.max_length)
+        self.rewards: Rewards | None = None
+        """Of the step under way, where it is self-critical."""
 
     @property
     def judged(self) -> Decoder:
@@ -108,7 +115,11 @@ class DecoderTask:
         that follows."""
         self.compilation.prepare()
         self.decoder.train()
-        self.own_words = sampling_probability(step // self.steps_per_epoch, self.settings.scheduled_sampling)
+        epoch, self.rewards = step // self.steps_per_epoch, None
+        if self._is_self_critical(epoch):
+            self.own_words, self.rewards = 0.0, Rewards()
+        else:
+            self.own_words = sampling_probability(epoch, self.settings.scheduled_sampling)
         num_tokens = sum(share.num_tokens for share in shares)
         fitting = self.fittings["train"]
         before = fitting.num_images
@@ -119,8 +130,8 @@ class DecoderTask:
             self._agree("train", before)
         if finite and self.average is not None:
             self.average.update(step)
-        if self.tally is not None:
-            self._log(step + 1, value, self.tally.over(self.world))
+        if (step + 1) % self.settings.log_every_steps == 0:
+            self._log(step + 1, value)
         num_images = sum(len(share.batch.features) for share in shares if share.batch is not None)
         monitoring.count(num_images * self.world.num_processes, num_tokens)
         return Outcome(value, num_tokens, finite, stop)
@@ -130,6 +141,8 @@ class DecoderTask:
         and these, however often it was begun before. Returns this rank's part of the loss."""
         seed_step(self.settings.seed, step, self.world.rank)
         self.tally = Tally() if (step + 1) % self.settings.log_every_steps == 0 else None
+        if self.rewards is not None:
+            self.tally, self.rewards = None, Rewards()
         num_tokens = sum(share.num_tokens for share in shares)
         cut = (piece for share in shares for piece in pieces(share, parts))
         return self.stepper.backward(self._loss(replace(piece, num_tokens=num_tokens)) for piece in cut)
@@ -143,8 +156,19 @@ class DecoderTask:
             said = f"out of memory in {WORKS[work]}: from here on at most {fitting.num_images} images at once"
             monitoring.alert(f"out_of_memory_{work}", said)
 
+    def _is_self_critical(self, epoch: int) -> bool:
+        """`epoch` counts from 0."""
+        settings = self.settings.self_critical
+        return settings is not None and epoch + 1 >= settings.start_epoch
+
     def _rate_factor(self, step: int) -> float:
-        num_steps = self.settings.num_epochs * self.steps_per_epoch
+        """Schedules plan with the epochs of cross entropy."""
+        num_epochs = self.settings.num_epochs
+        if (critical := self.settings.self_critical) is not None:
+            if self._is_self_critical(step // self.steps_per_epoch):
+                return critical.rate_factor
+            num_epochs = critical.start_epoch - 1
+        num_steps = num_epochs * self.steps_per_epoch
         return learning_rate_factor(step, self.settings.scheduler, Course(num_steps, self.steps_per_epoch, self.scores))
 
     @property
@@ -152,14 +176,15 @@ class DecoderTask:
         """Of each finished epoch, greater is better."""
         return [score_of(record, self.settings.select_by) for record in self.history]
 
-    def _log(self, step: int, loss: float, tally: Tally) -> None:
-        found = {
-            "loss": loss,
-            "perplexity": tally.perplexity,
-            "accuracy": tally.accuracy,
-            "learning_rate": self.stepper.optimizer.param_groups[0]["lr"],
-            "gradient_norm": self.stepper.gradient_norm,
-        }
+    def _log(self, step: int, loss: float) -> None:
+        found: dict[str, float] = {}
+        if self.rewards is not None:
+            found["reward"] = self.rewards.mean(self.world)
+        elif self.tally is not None:
+            tally = self.tally.over(self.world)
+            found |= {"loss": loss, "perplexity": tally.perplexity, "accuracy": tally.accuracy}
+        found["learning_rate"] = self.stepper.optimizer.param_groups[0]["lr"]
+        found["gradient_norm"] = self.stepper.gradient_norm
         if self.settings.scheduled_sampling is not None:
             found["own_words"] = self.own_words
         if self.tunes_encoder:  # its parts come after the decoder's, and have one rate
@@ -176,6 +201,8 @@ class DecoderTask:
             return None
         batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
+            if self.critic is not None and self.rewards is not None:
+                return self.critic.loss_sum(self.decoder, batch, self.rewards) / share.num_tokens
             batch = mix_in_own_words(self.decoder, batch, self.own_words)
             smoothing, suppression = self.settings.label_smoothing, self.settings.eos_suppression
             total = loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
@@ -183,7 +210,7 @@ class DecoderTask:
 
     def _example(self) -> Tensor | None:
         """The loss of this rank's part of the run's first batch, without augmentation and own words."""
-        self.tally, self.own_words = None, 0.0
+        self.tally, self.own_words, self.rewards = None, 0.0, None
         order = epoch_order(len(self.train.captions), self.settings.seed, 0)
         return self._loss(next(self.train.epoch(order, world=self.world)))
 

@@ -88,7 +88,11 @@ def _budget(device: torch.device) -> float:
 
 def _rehearse(model: Decoder, data: Data, settings: PlainTrainParams) -> DecoderTask:
     """Training of a copy at a rate of 1 that nothing changes; an encoder in it keeps its weights."""
-    changes = {"scheduler": ConstantScheduler(name="constant", warmup_steps=0, min_factor=0.0), "ema_decay": None}
+    changes: dict[str, Any] = {
+        "scheduler": ConstantScheduler(name="constant", warmup_steps=0, min_factor=0.0),
+        "ema_decay": None,
+    }
+    changes |= {"compile": False, "self_critical": None}
     settings = settings.model_copy(update={**changes, "log_every_steps": 10**9})
     set_sizes(data, settings)
     copied = copy.deepcopy(model)

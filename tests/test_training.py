@@ -33,8 +33,8 @@ def settings(**changes) -> TrainParams:
         num_epochs=25, batch_size=4, accumulate_steps=1,
         optimizer={"name": "adamw", "betas": (0.9, 0.999), "weight_decay": 0.01},
         scheduler={"name": "cosine", "warmup_steps": 5, "min_factor": 0.0}, label_smoothing=0.0, eos_suppression=None,
-        scheduled_sampling=None, clip_norm=5.0, clip_value=None, ema_decay=None, select_by="CIDEr", early_stopping=None,
-        log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
+        scheduled_sampling=None, self_critical=None, clip_norm=5.0, clip_value=None, ema_decay=None, select_by="CIDEr",
+        early_stopping=None, log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
     )  # fmt: skip
     return TrainParams(**(values | changes))
 
