@@ -65,11 +65,11 @@ def vocabulary() -> Vocabulary:
     return Vocabulary.build(CAPTIONS, 1, 6)
 
 
-def build_task(make: Any, decoder: Any, num_epochs: int = 3, parts: Any = ()) -> tuple[Any, Journal]:
+def build_task(make: Any, decoder: Any, num_epochs: int = 3, parts: Any = (), **changes: Any) -> tuple[Any, Journal]:
     store, kind = make
     batches = kind(store, annotations(), vocabulary(), 4)
     cider = GreedyCider(store, [a.captions for a in annotations()], vocabulary(), 8)
-    values, journal = settings(num_epochs=num_epochs, log_every_steps=1), Journal(lambda *entry: None)
+    values, journal = settings(num_epochs=num_epochs, log_every_steps=1, **changes), Journal(lambda *entry: None)
     return training.DecoderTask(decoder, batches, batches, cider, values, 0.01, journal, encoder_parts=parts), journal
 
 
@@ -92,7 +92,13 @@ def build_recurrent(encoder: Encoder) -> Any:
 
 
 def live_task(
-    shards: Path, encoder: Encoder, trainable: Any, every: int = 0, num_epochs: int = 3, augment: bool = True
+    shards: Path,
+    encoder: Encoder,
+    trainable: Any,
+    every: int = 0,
+    num_epochs: int = 3,
+    augment: bool = True,
+    **changes: Any,
 ) -> tuple[Any, Journal]:
     from captioning.augmentation import Augmenter
 
@@ -102,7 +108,7 @@ def live_task(
         encoder, build_recurrent(encoder), torch.float32, encoder.choose_stages(trainable), every
     )  # fmt: skip
     parts = [(named, 0.001) for named in model.trainable().values()]
-    return build_task((store, LiveBatches), model, num_epochs, parts)
+    return build_task((store, LiveBatches), model, num_epochs, parts, **changes)
 
 
 def test_frozen_and_plain_it_is_cached_training_step_by_step(shards: Path, encoder: Encoder, tmp_path: Path) -> None:
@@ -150,14 +156,17 @@ def test_stages_thaw_one_after_another_and_the_rest_never_moves(shards: Path) ->
     assert statistics and all(torch.equal(state[name], before[name]) for name in statistics)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4])
+CRITICAL = {"self_critical": {"start_epoch": 2, "num_samples": 2, "rate_factor": 0.5}}
+
+
+@pytest.mark.parametrize(("stop", "changes"), [(1, {}), (3, {}), (4, {}), (4, CRITICAL)])
 def test_a_stopped_run_ends_with_the_same_bits(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, changes: Any
 ) -> None:
-    wanted, journal = live_task(shards, build_encoder("efficientnet_lite0", "package"), 1, every=1)
+    wanted, journal = live_task(shards, build_encoder("efficientnet_lite0", "package"), 1, every=1, **changes)
     run(wanted, journal)
     for at in (stop, None):
-        task, journal = live_task(shards, build_encoder("efficientnet_lite0", "package"), 1, every=1)
+        task, journal = live_task(shards, build_encoder("efficientnet_lite0", "package"), 1, every=1, **changes)
         lock = os.open(os.devnull, os.O_RDWR)
         keeper = Checkpointer(tmp_path / "checkpoints", "print", recovery(checkpoint_steps=1), lock)
         stop_at(task, at, True, monkeypatch)
