@@ -23,6 +23,7 @@ from captioning.decoders import Decoder
 from captioning.decoders.base import Memory
 from captioning.distributed import World
 from captioning.metrics.cider import Consensus, Rarity, count_ngrams
+from captioning.train_params import SelfCriticalTraining
 from captioning.vocabulary import Vocabulary
 
 NEVER_SAID = [Vocabulary.pad_id, Vocabulary.bos_id, Vocabulary.unk_id]
@@ -51,14 +52,15 @@ class Rewards:
 class SelfCritical:
     """The loss of captions that a decoder draws."""
 
-    def __init__(self, captions: Sequence[Sequence[Sequence[int]]], num_samples: int, max_length: int) -> None:
+    def __init__(
+        self, captions: Sequence[Sequence[Sequence[int]]], settings: SelfCriticalTraining, max_length: int
+    ) -> None:
         """
         Args:
             captions: the train split's, per image, as word ids.
-            num_samples: drawn for each image, at least 2.
             max_length: of a drawn caption, in words.
         """
-        self.captions, self.num_samples, self.max_length = captions, num_samples, max_length
+        self.captions, self.settings, self.max_length = captions, settings, max_length
 
     @cached_property
     def rarity(self) -> Rarity:
@@ -72,7 +74,7 @@ class SelfCritical:
         The captions are drawn without dropout, as in search; the gradient is taken with it, as in training.
         """
         decoder.eval()
-        drawn = draw_captions(decoder, batch.features, self.num_samples, self.max_length)
+        drawn = draw_captions(decoder, batch.features, self.settings.num_samples, self.max_length)
         decoder.train()
         scores = self.score(batch, drawn)
         rewards.add(scores)

@@ -156,7 +156,7 @@ class ScheduledSampling(Section):
 
 
 class SelfCriticalTraining(Section):
-    """CIDEr-D of captions that the model draws takes the place of cross entropy (`captioning.self_critical`)."""
+    """CIDEr-D of captions that the model draws decides, after epochs of cross entropy (`captioning.self_critical`)."""
 
     start_epoch: Annotated[int, Field(ge=2)]
     """The first one with it; epochs count from 1. What comes before is trained as if it were the whole run."""
@@ -164,6 +164,8 @@ class SelfCriticalTraining(Section):
     """Captions drawn for each image in a step."""
     rate_factor: Annotated[float, Field(gt=0, le=1)]
     """Of the base rates, from `start_epoch` on, in place of the scheduler's."""
+    cross_entropy_weight: Annotated[float, Field(ge=0)]
+    """Of cross entropy and the terms beside it, which stay in the loss (Paulus et al. 2017, section 3.3); 0: none."""
 
 
 class EosSuppression(Section):

@@ -14,7 +14,7 @@ from torch import Tensor
 from captioning import monitoring
 from captioning.averaging import Average
 from captioning.compiling import Compilation
-from captioning.datasets import CaptionBatches, Share, epoch_order, largest, pieces
+from captioning.datasets import Batch, CaptionBatches, Share, epoch_order, largest, pieces
 from captioning.decoders import Decoder
 from captioning.distributed import ALONE, World
 from captioning.errors import CapstanError
@@ -90,8 +90,7 @@ class DecoderTask:
         """How often the step under way reads a word of the decoder's own."""
         self.critic: SelfCritical | None = None
         if settings.self_critical is not None:
-            num_samples = settings.self_critical.num_samples
-            self.critic = SelfCritical(train.captions, num_samples, val_cider.vocabulary.max_length)
+            self.critic = SelfCritical(train.captions, settings.self_critical, val_cider.vocabulary.max_length)
         self.rewards: Rewards | None = None
         """Of the step under way, where it is self-critical."""
 
@@ -116,10 +115,9 @@ class DecoderTask:
         self.compilation.prepare()
         self.decoder.train()
         epoch, self.rewards = step // self.steps_per_epoch, None
+        self.own_words = sampling_probability(epoch, self.settings.scheduled_sampling)
         if self._is_self_critical(epoch):
-            self.own_words, self.rewards = 0.0, Rewards()
-        else:
-            self.own_words = sampling_probability(epoch, self.settings.scheduled_sampling)
+            self.rewards = Rewards()
         num_tokens = sum(share.num_tokens for share in shares)
         fitting = self.fittings["train"]
         before = fitting.num_images
@@ -201,12 +199,19 @@ class DecoderTask:
             return None
         batch = share.batch.to(self.device)
         with autocast(self.device, self.dtype):
-            if self.critic is not None and self.rewards is not None:
-                return self.critic.loss_sum(self.decoder, batch, self.rewards) / share.num_tokens
-            batch = mix_in_own_words(self.decoder, batch, self.own_words)
-            smoothing, suppression = self.settings.label_smoothing, self.settings.eos_suppression
-            total = loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
+            if self.critic is None or self.rewards is None:
+                total = self._cross_entropy(batch)
+            else:
+                total = self.critic.loss_sum(self.decoder, batch, self.rewards)
+                if weight := self.critic.settings.cross_entropy_weight:
+                    total = total + weight * self._cross_entropy(batch)
         return total / share.num_tokens
+
+    def _cross_entropy(self, batch: Batch) -> Tensor:
+        """With the terms beside it, summed over the batch's tokens."""
+        batch = mix_in_own_words(self.decoder, batch, self.own_words)
+        smoothing, suppression = self.settings.label_smoothing, self.settings.eos_suppression
+        return loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
 
     def _example(self) -> Tensor | None:
         """The loss of this rank's part of the run's first batch, without augmentation and own words."""

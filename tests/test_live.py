@@ -156,7 +156,7 @@ def test_stages_thaw_one_after_another_and_the_rest_never_moves(shards: Path) ->
     assert statistics and all(torch.equal(state[name], before[name]) for name in statistics)
 
 
-CRITICAL = {"self_critical": {"start_epoch": 2, "num_samples": 2, "rate_factor": 0.5}}
+CRITICAL = {"self_critical": {"start_epoch": 2, "num_samples": 2, "rate_factor": 0.5, "cross_entropy_weight": 0.1}}
 
 
 @pytest.mark.parametrize(("stop", "changes"), [(1, {}), (3, {}), (4, {}), (4, CRITICAL)])

@@ -22,6 +22,7 @@ from captioning.interruption import Interrupted
 from captioning.metrics.cider import CiderD
 from captioning.params import parse_params
 from captioning.self_critical import Rewards, SelfCritical, advantages, draw_captions, policy_loss
+from captioning.train_params import SelfCriticalTraining
 from captioning.vocabulary import SPECIAL, Vocabulary
 
 EOS = Vocabulary.eos_id
@@ -41,6 +42,11 @@ def decoder_of(kind: str, vocabulary_size: int = VOCABULARY_SIZE, dropout: float
         for parameter in decoder.parameters():
             parameter.mul_(2)  # not all words alike
     return decoder.eval()
+
+
+def critic_of(captions: Any, num_samples: int, max_length: int) -> SelfCritical:
+    settings = SelfCriticalTraining(start_epoch=2, num_samples=num_samples, rate_factor=1, cross_entropy_weight=0)
+    return SelfCritical(captions, settings, max_length)
 
 
 def sequences(max_length: int) -> list[list[int]]:
@@ -90,7 +96,7 @@ def test_draws_repeat_with_the_seed_and_images_do_not_change_places() -> None:
 
 def test_scores_are_cider_d_with_the_end_as_a_word() -> None:
     captions = [group for group in random_captions(12, 40, seed=2) if group]
-    critic = SelfCritical(captions, 2, 9)
+    critic = critic_of(captions, 2, 9)
     batch = collate(torch.zeros(len(captions), 4, 3), captions, Vocabulary)
     drawn = [[[*group[0], EOS], [5, 6, 7]] for group in captions]
     order = sorted(range(len(captions)), key=lambda i: -max(map(len, captions[i])))  # as collate lays them out
@@ -113,7 +119,7 @@ def test_the_gradient_is_that_of_the_expected_score(kind: str) -> None:
     """Averaged over many draws, it is the gradient of -Σ P(caption) · score, summed over all captions there are."""
     decoder, features = decoder_of(kind), torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1))
     captions = [[[4, 5], [5, 5]], [[6, 4]], [[5]]]
-    critic = SelfCritical(captions, 50, 2)
+    critic = critic_of(captions, 50, 2)
     batch = collate(features, captions[:1], Vocabulary)
     possible = sequences(2)
     scores = critic.score(batch, [possible])[0]
@@ -132,7 +138,7 @@ def test_the_gradient_is_that_of_the_expected_score(kind: str) -> None:
     assert rewards.total / rewards.number == pytest.approx(expected_score.item(), rel=0.05)
 
 
-SELF_CRITICAL = {"self_critical": {"start_epoch": 3, "num_samples": 3, "rate_factor": 0.1}}
+SELF_CRITICAL = {"self_critical": {"start_epoch": 3, "num_samples": 3, "rate_factor": 0.1, "cross_entropy_weight": 0.0}}
 
 
 def test_scores_rise_and_the_schedule_ends_before(tmp_path) -> None:
@@ -150,11 +156,25 @@ def test_scores_rise_and_the_schedule_ends_before(tmp_path) -> None:
     assert task.history[-1]["val_CIDEr"] > task.history[1]["val_CIDEr"]
 
 
+def test_cross_entropy_beside_it_has_its_weight(tmp_path) -> None:
+    """With no advantage in any draw, its gradient is what remains."""
+    gradients = []
+    for changes in ({}, {"self_critical": SELF_CRITICAL["self_critical"] | {"cross_entropy_weight": 0.25}}):
+        task, _ = build(tmp_path, dropout=0.0, num_epochs=4, label_smoothing=0.1, **changes)
+        if task.critic is not None:
+            task.critic.score = lambda batch, drawn: torch.ones(len(drawn), 3)
+            task.rewards = Rewards()
+        task.backward(next(task.batches(0, 0)), 0, [slice(0, 4)])
+        gradients.append(torch.cat([p.grad.flatten() for p in task.decoder.parameters()]))
+    torch.testing.assert_close(gradients[1], 0.25 * gradients[0])
+
+
 @pytest.mark.parametrize("stops", [[5], [6], [7, 8], [9, 11]])
 @pytest.mark.parametrize("kill", [True, False])
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, stops: list[int], kill: bool) -> None:
     """Before self-critical epochs, where they begin, within, and at an epoch's end."""
-    changes: dict[str, Any] = SELF_CRITICAL | {"num_epochs": 4, "log_every_steps": 1, "ema_decay": 0.9}
+    critical = SELF_CRITICAL["self_critical"] | {"cross_entropy_weight": 0.5}
+    changes: dict[str, Any] = {"num_epochs": 4, "log_every_steps": 1, "ema_decay": 0.9, "self_critical": critical}
     wanted_log, log = logger()
     wanted, journal = build(tmp_path, log=log, **changes)
     run(wanted, journal)
@@ -178,8 +198,14 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, stops: lis
         ({"select_by": "loss"}, "set select_by to CIDEr"),
         ({"num_epochs": "auto"}, "needs a number for num_epochs"),
         ({"num_epochs": 2}, "start_epoch 3 is after the last of 2 epochs"),
-        ({"self_critical": {"start_epoch": 1, "num_samples": 3, "rate_factor": 0.1}}, "start_epoch"),
-        ({"self_critical": {"start_epoch": 3, "num_samples": 1, "rate_factor": 0.1}}, "num_samples"),
+        (
+            {"self_critical": {"start_epoch": 1, "num_samples": 3, "rate_factor": 0.1, "cross_entropy_weight": 0.0}},
+            "start_epoch",
+        ),
+        (
+            {"self_critical": {"start_epoch": 3, "num_samples": 1, "rate_factor": 0.1, "cross_entropy_weight": 0.0}},
+            "num_samples",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
