@@ -81,6 +81,10 @@ def _autocast(encoder: Encoder, pixels: Tensor, dtype: torch.dtype) -> Tensor:
         return encoder(pixels)
 
 
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def build_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown, an encoder a line."""
     lines = [
@@ -92,8 +96,8 @@ def build_table(rows: dict[str, dict[str, Any]]) -> str:
         ratio = speed["fp32"] / speed["bare"]
         cells = [
             f"`{name}`", transform["image_px"], transform["interpolation"], "×".join(map(str, row["grid"])),
-            row["encoder_dim"], f"{row['num_parameters'] / 1e6:.1f} M", row["weights"], f"{speed['bare']:.3g}",
-            f"{speed['fp32']:.3g} ({ratio:.2f})", f"{speed['auto']:.3g}", f"`{row['transform_digest'][:12]}`",
+            row["encoder_dim"], f"{row['num_parameters'] / 1e6:.1f} M", row["weights"], _short(speed["bare"]),
+            f"{_short(speed['fp32'])} ({ratio:.2f})", _short(speed["auto"]), f"`{row['transform_digest'][:12]}`",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from captioning.decoders import Decoder
 from captioning.distributed import World
+from captioning.errors import CapstanError
 
 BACKEND = "inductor"
 
@@ -47,17 +48,22 @@ class Compilation:
         self.wanted = wanted
         self.failed = False
         self._learning: tuple[bool, ...] = ()
+        self._goes_on = False
         self._warming = False
         self._parts: list[tuple[nn.Module, str]] = []
 
     @property
-    def active(self) -> bool:
-        return bool(self._parts)
+    def used(self) -> bool:
+        """Whether the run's steps are made by compiled code, those before a resume counted."""
+        return self.wanted and not self.failed
 
     def prepare(self) -> None:
         """Compiles where that is to be done: before the first step, and where other parameters learn than before.
 
         No random number is drawn and no gradient left. What fails is said, and all ranks go on without.
+
+        Raises:
+            CapstanError: the run's beginning was compiled, and here that fails: it would end with other bits.
         """
         if not self.wanted or self.failed:
             return
@@ -69,15 +75,23 @@ class Compilation:
         error = self._try()
         self.model.zero_grad(set_to_none=True)
         (num_failed,) = self.world.sum_numbers([float(error is not None)])
+        goes_on, self._goes_on = self._goes_on, False
         if num_failed:
             self._remove()
             self.failed = True
-            print(f"train.compile: training goes on without it: {error or 'it failed in another process'}", flush=True)
+            error = error or "it failed in another process"
+            if goes_on:
+                raise CapstanError(
+                    f"train.compile: this run was compiled when it began, and now that fails: {error}. Run it again "
+                    "where it can be compiled, with as much free memory; or set train.compile to false."
+                )
+            if self.world.is_main:
+                print(f"train.compile: training goes on without it: {error}", flush=True)
 
     def resume(self, failed: bool) -> None:
         """Takes up a run that went on without: so does this one, for the same bits."""
-        self.failed = failed
-        if self.wanted and failed:
+        self.failed, self._goes_on = failed, not failed
+        if self.wanted and failed and self.world.is_main:
             print("train.compile: this run could not be compiled when it began, and goes on without", flush=True)
 
     def _try(self) -> str | None:
@@ -91,7 +105,8 @@ class Compilation:
         self._warming = True
         try:
             # Two sizes that happen to be equal in the example need not be in another batch.
-            with torch.random.fork_rng(), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
+            devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+            with torch.random.fork_rng(devices), shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 for owner, name, varies in self.model.parts_to_compile():
                     owner.__dict__[name] = self._compiled(getattr(owner, name), varies)
                     self._parts.append((owner, name))

@@ -134,4 +134,4 @@ def set_sizes(data: Data, settings: PlainTrainParams) -> None:
     cider.size = SEARCHED_AT_ONCE * settings.batch_size
     augmenter = getattr(train.store, "augmenter", None)
     if augmenter is not None:
-        augmenter.num_steps = settings.num_epochs * len(train)
+        augmenter.num_steps = settings.num_planned_epochs * len(train)

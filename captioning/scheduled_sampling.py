@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from captioning.datasets import Batch
 from captioning.decoders import Decoder
+from captioning.drawing import draw_words
 from captioning.vocabulary import Vocabulary
 
 NEVER_READ = [Vocabulary.pad_id, Vocabulary.bos_id, Vocabulary.eos_id, Vocabulary.unk_id]
@@ -28,7 +28,7 @@ def mix_in_own_words(decoder: Decoder, batch: Batch, probability: float) -> Batc
     if probability == 0:
         return batch
     with torch.no_grad():
-        drawn = _draw(decoder(batch))
+        drawn = draw_words(decoder(batch), NEVER_READ)
     own = torch.full_like(batch.targets, Vocabulary.pad_id)
     own.view(-1)[batch.places] = drawn  # (images, captions, steps): what follows each input
     after_first = batch.inputs[..., 1:]
@@ -36,10 +36,3 @@ def mix_in_own_words(decoder: Decoder, batch: Batch, probability: float) -> Batc
     chosen &= after_first != Vocabulary.pad_id
     mixed = torch.where(chosen, own[..., :-1], after_first)
     return replace(batch, inputs=torch.cat([batch.inputs[..., :1], mixed], -1))
-
-
-def _draw(logits: Tensor) -> Tensor:
-    """A word for each token: (num_tokens, vocabulary_size) → (num_tokens,)."""
-    logits = logits.float()
-    logits[:, NEVER_READ] = -torch.inf
-    return torch.multinomial(logits.softmax(-1), 1)[:, 0]

@@ -22,6 +22,7 @@ from captioning.datasets import Batch, collate
 from captioning.decoders import Decoder
 from captioning.decoders.base import Memory
 from captioning.distributed import World
+from captioning.drawing import ban, draw_words
 from captioning.metrics.cider import Consensus, Rarity, count_ngrams
 from captioning.train_params import SelfCriticalTraining
 from captioning.vocabulary import Vocabulary
@@ -64,21 +65,25 @@ class SelfCritical:
 
     @cached_property
     def rarity(self) -> Rarity:
-        """Of n-grams of tokens; counted when first asked for."""
+        """Of n-grams of tokens; counted when first asked for, in seconds for 30,000 captions."""
         return Rarity([count_ngrams([*words, Vocabulary.eos_id]) for words in group] for group in self.captions)
 
     def loss_sum(self, decoder: Decoder, batch: Batch, rewards: Rewards) -> Tensor:
         """−Σ (score − mean score of the image's other samples) · log P(token), over all tokens drawn for the batch's
-        images; its gradient is an unbiased estimate of that of −Σ score. `rewards` gets the scores.
+        images, as if an image had as many samples as it has captions: so `num_samples` does not decide the weight
+        against cross entropy. `rewards` gets the scores.
 
-        The captions are drawn without dropout, as in search; the gradient is taken with it, as in training.
+        Without dropout its gradient is an unbiased estimate of that of −Σ score. With dropout it is near one: captions
+        are drawn without it, as in search, and the gradient is taken with it, as in training.
         """
         decoder.eval()
         drawn = draw_captions(decoder, batch.features, self.settings.num_samples, self.max_length)
         decoder.train()
         scores = self.score(batch, drawn)
         rewards.add(scores)
-        return policy_loss(decoder, batch.features, drawn, advantages(scores))
+        num_captions = (batch.targets[..., 0] != Vocabulary.pad_id).sum(1, keepdim=True).cpu()
+        weights = advantages(scores) * (num_captions / self.settings.num_samples)
+        return policy_loss(decoder, batch.features, drawn, weights)
 
     def score(self, batch: Batch, drawn: Drawn) -> Tensor:
         """CIDEr-D of each sample against its image's captions in the batch: (images, num_samples) float64."""
@@ -113,8 +118,7 @@ def draw_captions(decoder: Decoder, features: Tensor, num_samples: int, max_leng
     found = torch.full((*last.shape, max_length), Vocabulary.pad_id, device=features.device)
     for length in range(max_length):
         step = decoder.step(memory, state, last)
-        probabilities = _ban(step.logits).softmax(-1)
-        last = torch.multinomial(probabilities.flatten(0, 1), 1).view_as(last)
+        last = draw_words(step.logits.flatten(0, 1), NEVER_SAID).view_as(last)
         last = last.masked_fill(~running, Vocabulary.pad_id)
         found[image, :, length] = last
         running, state = running & (last != Vocabulary.eos_id), step.state
@@ -126,11 +130,6 @@ def draw_captions(decoder: Decoder, features: Tensor, num_samples: int, max_leng
             break
     pad_id = Vocabulary.pad_id
     return [[[token for token in tokens if token != pad_id] for tokens in samples] for samples in found.tolist()]
-
-
-def _ban(logits: Tensor) -> Tensor:
-    """What is no word is never said: its logits are minus infinity."""
-    return logits.float().index_fill(-1, torch.tensor(NEVER_SAID, device=logits.device), -torch.inf)
 
 
 def policy_loss(decoder: Decoder, features: Tensor, drawn: Drawn, advantages: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ def policy_loss(decoder: Decoder, features: Tensor, drawn: Drawn, advantages: Te
     is_made_up = was_cut.to(features.device).view(-1)[caption] & (batch.packed_targets == Vocabulary.eos_id)
     logits = decoder(batch)
     with torch.autocast(logits.device.type, enabled=False):
-        surprise = functional.cross_entropy(_ban(logits), batch.packed_targets, reduction="none")
+        surprise = functional.cross_entropy(ban(logits, NEVER_SAID), batch.packed_targets, reduction="none")
     return (surprise * of_token.masked_fill(is_made_up, 0.0)).sum()
 
 

@@ -159,7 +159,8 @@ class SelfCriticalTraining(Section):
     """CIDEr-D of captions that the model draws decides, after epochs of cross entropy (`captioning.self_critical`)."""
 
     start_epoch: Annotated[int, Field(ge=2)]
-    """The first one with it; epochs count from 1. What comes before is trained as if it were the whole run."""
+    """The first one with it; epochs count from 1. What comes before is trained as if it were the whole run: rates and
+    augmentation are planned for it. Early stopping looks at the epochs from this one on."""
     num_samples: Annotated[int, Field(ge=2)]
     """Captions drawn for each image in a step."""
     rate_factor: Annotated[float, Field(gt=0, le=1)]
@@ -254,3 +255,8 @@ class PlainTrainParams(TrainParams):
 
     num_epochs: Positive
     batch_size: Positive
+
+    @property
+    def num_planned_epochs(self) -> int:
+        """That schedules plan with: those of cross entropy alone."""
+        return self.num_epochs if self.self_critical is None else self.self_critical.start_epoch - 1

@@ -116,8 +116,9 @@ class DecoderTask:
         self.decoder.train()
         epoch, self.rewards = step // self.steps_per_epoch, None
         self.own_words = sampling_probability(epoch, self.settings.scheduled_sampling)
-        if self._is_self_critical(epoch):
+        if self.critic is not None and self._is_self_critical(epoch):
             self.rewards = Rewards()
+            _ = self.critic.rarity  # counted here, where out-of-memory is not the batch's
         num_tokens = sum(share.num_tokens for share in shares)
         fitting = self.fittings["train"]
         before = fitting.num_images
@@ -160,13 +161,10 @@ class DecoderTask:
         return settings is not None and epoch + 1 >= settings.start_epoch
 
     def _rate_factor(self, step: int) -> float:
-        """Schedules plan with the epochs of cross entropy."""
-        num_epochs = self.settings.num_epochs
-        if (critical := self.settings.self_critical) is not None:
-            if self._is_self_critical(step // self.steps_per_epoch):
-                return critical.rate_factor
-            num_epochs = critical.start_epoch - 1
-        num_steps = num_epochs * self.steps_per_epoch
+        critical = self.settings.self_critical
+        if critical is not None and self._is_self_critical(step // self.steps_per_epoch):
+            return critical.rate_factor
+        num_steps = self.settings.num_planned_epochs * self.steps_per_epoch
         return learning_rate_factor(step, self.settings.scheduler, Course(num_steps, self.steps_per_epoch, self.scores))
 
     @property
@@ -183,7 +181,8 @@ class DecoderTask:
             found |= {"loss": loss, "perplexity": tally.perplexity, "accuracy": tally.accuracy}
         found["learning_rate"] = self.stepper.optimizer.param_groups[0]["lr"]
         found["gradient_norm"] = self.stepper.gradient_norm
-        if self.settings.scheduled_sampling is not None:
+        critical = self.settings.self_critical if self.rewards is not None else None
+        if self.settings.scheduled_sampling is not None and (critical is None or critical.cross_entropy_weight):
             found["own_words"] = self.own_words
         if self.tunes_encoder:  # its parts come after the decoder's, and have one rate
             found["encoder_learning_rate"] = self.stepper.optimizer.param_groups[-1]["lr"]
@@ -214,10 +213,12 @@ class DecoderTask:
         return loss_sum(self.decoder, batch, smoothing, suppression, self.tally)
 
     def _example(self) -> Tensor | None:
-        """The loss of this rank's part of the run's first batch, without augmentation and own words."""
+        """The loss of this rank's part of the run's first batch, as much of it as a step takes at once, without
+        augmentation and own words."""
         self.tally, self.own_words, self.rewards = None, 0.0, None
         order = epoch_order(len(self.train.captions), self.settings.seed, 0)
-        return self._loss(next(self.train.epoch(order, world=self.world)))
+        share = next(self.train.epoch(order, world=self.world))
+        return self._loss(pieces(share, [slice(0, self.fittings["train"].num_images)])[0])
 
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""
@@ -234,17 +235,20 @@ class DecoderTask:
         tally, cider = found
         figures = {"loss": tally.loss, "perplexity": tally.perplexity, "accuracy": tally.accuracy, "CIDEr": cider}
         self.journal(step, {f"val/{name}": value for name, value in figures.items()})
-        record = {"epoch": epoch + 1, "step": step, "train_loss": mean_loss}
+        loss = "policy" if self._is_self_critical(epoch) else "train"
+        record = {"epoch": epoch + 1, "step": step, f"{loss}_loss": mean_loss}
         self.history.append({**record, **{f"val_{name}": value for name, value in figures.items()}})
         self.best.offer(self.scores[-1], cider, epoch, self.judged.state_dict())
         self._stop_early()
         star = " (best)" if self.best.epoch == epoch else ""
         star += f"; no gain, so it ends {self.settings.num_epochs - len(self.history)} epochs early" * self.is_early
-        return f"train loss {mean_loss:.3f}, val loss {tally.loss:.3f}, val CIDEr {cider:.3f}{star}"
+        return f"{loss} loss {mean_loss:.3f}, val loss {tally.loss:.3f}, val CIDEr {cider:.3f}{star}"
 
     def _stop_early(self) -> None:
-        """The run ends with this epoch where validation has gained nothing for long enough."""
-        if is_enough(self.scores, self.settings.early_stopping):
+        """The run ends with this epoch where validation has gained nothing for long enough; where self-critical epochs
+        are planned, in these."""
+        critical = self.settings.self_critical
+        if is_enough(self.scores[critical.start_epoch - 1 if critical else 0 :], self.settings.early_stopping):
             self.num_epochs = len(self.history)
 
     @property

@@ -27,6 +27,7 @@ from captioning.live import LiveCaptioner
 from captioning.loop import Journal
 from captioning.memory import is_out_of_memory
 from captioning.resolving import set_sizes
+from captioning.self_critical import Rewards
 from captioning.train_params import ConstantScheduler, PlainTrainParams
 from captioning.training import DecoderTask
 from captioning.training_data import Data
@@ -88,12 +89,9 @@ def _budget(device: torch.device) -> float:
 
 def _rehearse(model: Decoder, data: Data, settings: PlainTrainParams) -> DecoderTask:
     """Training of a copy at a rate of 1 that nothing changes; an encoder in it keeps its weights."""
-    changes: dict[str, Any] = {
-        "scheduler": ConstantScheduler(name="constant", warmup_steps=0, min_factor=0.0),
-        "ema_decay": None,
-    }
-    changes |= {"compile": False, "self_critical": None}
-    settings = settings.model_copy(update={**changes, "log_every_steps": 10**9})
+    constant = ConstantScheduler(name="constant", warmup_steps=0, min_factor=0.0)
+    off = {"ema_decay": None, "compile": False, "log_every_steps": 10**9}
+    settings = settings.model_copy(update={"scheduler": constant, **off})
     set_sizes(data, settings)
     copied = copy.deepcopy(model)
     parts = [(named, 0.0) for named in copied.trainable().values()] if isinstance(copied, LiveCaptioner) else []
@@ -104,6 +102,7 @@ def bytes_of_step(task: DecoderTask, num_images: int) -> int:
     """The most memory that the gradients of one step take, for the images with the longest and most captions."""
     shares = [_hardest(task.train, num_images)]
     task.decoder.train()
+    task.rewards = Rewards() if task.critic is not None else None  # what takes most
     with watching(task.device) as peak:
         task.backward(shares, 0, [slice(0, num_images)])
     return peak[0]
@@ -173,7 +172,7 @@ def range_test(
         Each step's rate and loss, for `heuristics.choose_rate_by_test`.
     """
     with leaving_no_trace():
-        task = _rehearse(model, data, settings)
+        task = _rehearse(model, data, settings.model_copy(update={"self_critical": None}))
         fitting = task.fittings["train"]
         fitting.num_images = -(-fitting.num_images // num_processes)
         base = task.stepper.learning_rates

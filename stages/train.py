@@ -223,7 +223,7 @@ def _record(
         "best_epoch": task.best.epoch + 1,
         "best_val_CIDEr": task.best.cider,
         "num_skipped_steps": num_skipped,
-        "compiled": task.compilation.active,
+        "compiled": task.compilation.used,
         "history": task.history,
         "environment": {
             "python": platform.python_version(),

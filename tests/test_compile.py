@@ -19,6 +19,7 @@ from captioning.compiling import describe_compiler
 from captioning.decoders import DecoderConfig, build_decoder
 from captioning.decoders.recurrent import RecurrentDecoder
 from captioning.encoders import build_encoder
+from captioning.errors import CapstanError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of what it traces
 
@@ -72,7 +73,7 @@ def test_a_compiled_run_is_the_plain_one_to_rounding(tmp_path, kind: str, checkp
 
     task.train_step = train_step
     run(task, journal)
-    assert task.compilation.active and not task.compilation.failed
+    assert task.compilation.used and not task.compilation.failed
     assert len(made) == 9 and made[0] > 0 and set(made) == {made[0]}
     for first, second in zip(task.history, plain.history, strict=True):
         assert first == pytest.approx(second, rel=1e-3)
@@ -89,7 +90,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch) -> None:
         else:
             with pytest.raises(Stop):
                 run(task, journal, keeper_in(tmp_path))
-    assert task.compilation.active
+    assert task.compilation.used
     assert_same(task.state_dict(), wanted.state_dict())
 
 
@@ -112,9 +113,57 @@ def test_where_it_fails_the_run_is_the_plain_one(tmp_path, monkeypatch, capsys) 
     task, journal = start(tmp_path, compile=True)
     run(task, journal, keeper_in(tmp_path))
     assert "goes on without" in capsys.readouterr().out
-    assert task.compilation.failed and not task.compilation.active
+    assert task.compilation.failed and not task.compilation.used
     assert_same(task.decoder.state_dict(), plain.decoder.state_dict())
     assert task.history == plain.history
+
+
+def test_what_fails_only_after_a_resume_ends_the_run(tmp_path, monkeypatch) -> None:
+    """It would go on with other bits than a run that was not stopped. Later, where it can be compiled, it goes on."""
+    wanted, journal = start(tmp_path, compile=True)
+    run(wanted, journal)
+    task, journal = start(tmp_path, compile=True)
+    stop_at(task, 4, True, monkeypatch)
+    with pytest.raises(Stop):
+        run(task, journal, keeper_in(tmp_path))
+    monkeypatch.setattr(compiling, "BACKEND", broken)
+    task, journal = start(tmp_path, compile=True)
+    with pytest.raises(CapstanError, match="was compiled when it began, and now that fails.*no compiler here"):
+        run(task, journal, keeper_in(tmp_path))
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    task, journal = start(tmp_path, compile=True)
+    run(task, journal, keeper_in(tmp_path))
+    assert_same(task.decoder.state_dict(), wanted.decoder.state_dict())
+
+
+@pytest.mark.parametrize("stop", [9, None])
+def test_the_record_says_that_it_was_compiled_also_where_no_step_was_left(tmp_path, monkeypatch, stop) -> None:
+    task, journal = start(tmp_path, compile=True)
+    stop_at(task, stop, True, monkeypatch)
+    if stop is not None:
+        with pytest.raises(Stop):  # in the last epoch's validation
+            run(task, journal, keeper_in(tmp_path))
+        task, journal = start(tmp_path, compile=True)
+    made: list[object] = []
+    monkeypatch.setattr(task.compilation, "_try", lambda: made.append(1))
+    run(task, journal, keeper_in(tmp_path))
+    assert task.compilation.used and bool(made) == (stop is None)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_self_critical_epochs_are_compiled_and_resumed(tmp_path, monkeypatch, kind: str) -> None:
+    critical = {"start_epoch": 2, "num_samples": 2, "rate_factor": 0.5, "cross_entropy_weight": 0.5}
+    changes: dict[str, Any] = {"compile": True, "self_critical": critical}
+    wanted, journal = start(tmp_path, kind, **changes)
+    run(wanted, journal)
+    task, journal = start(tmp_path, kind, **changes)
+    stop_at(task, 6, True, monkeypatch)
+    with pytest.raises(Stop):
+        run(task, journal, keeper_in(tmp_path))
+    task, journal = start(tmp_path, kind, **changes)
+    run(task, journal, keeper_in(tmp_path))
+    assert task.compilation.used
+    assert_same(task.decoder.state_dict(), wanted.decoder.state_dict())
 
 
 def test_a_backward_pass_that_cannot_be_compiled_is_found_before_the_first_step(tmp_path, monkeypatch, capsys) -> None:
@@ -135,14 +184,14 @@ def test_one_process_that_fails_takes_all_with_it(tmp_path, capsys) -> None:
     task, _ = start(tmp_path, compile=True)
 
     class Two:
-        rank = 0
+        rank, is_main = 0, True
 
         def sum_numbers(self, numbers: list[float]) -> list[float]:
             return [numbers[0] + 1.0]
 
     task.compilation.world = Two()
     task.compilation.prepare()
-    assert task.compilation.failed and not task.compilation.active and "read" not in vars(task.decoder)
+    assert task.compilation.failed and not task.compilation.used and "read" not in vars(task.decoder)
     assert "it failed in another process" in capsys.readouterr().out
 
 
@@ -161,7 +210,7 @@ def test_in_live_mode_code_is_made_again_when_stages_thaw(shards, monkeypatch) -
 
     wanted, journal = task_of()
     run(wanted, journal)
-    assert len(made) == 2 and sum(made[1]) > sum(made[0]) and wanted.compilation.active
+    assert len(made) == 2 and sum(made[1]) > sum(made[0]) and wanted.compilation.used
     assert {name for owner, name in wanted.compilation._parts} == {"forward", "remember", "combine"}
     folder = shards.parent
     task, journal = task_of()
@@ -177,7 +226,7 @@ def test_without_it_nothing_is_traced(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda *arguments, **options: pytest.fail("compiled"))
     task, journal = start(tmp_path, num_epochs=1)
     run(task, journal)
-    assert not task.compilation.active and not task.compilation.failed
+    assert not task.compilation.used and not task.compilation.failed
 
 
 def test_a_run_is_named_by_its_compiler(monkeypatch, tmp_path) -> None:
@@ -202,5 +251,5 @@ def test_machine_code_computes_the_same(tmp_path, monkeypatch) -> None:
     run(plain, journal)
     task, journal = start(tmp_path, "lstm", num_epochs=1, compile=True)
     run(task, journal)
-    assert task.compilation.active
+    assert task.compilation.used
     assert task.history[0] == pytest.approx(plain.history[0], rel=1e-3)

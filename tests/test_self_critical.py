@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +133,7 @@ def test_the_gradient_is_that_of_the_expected_score(kind: str) -> None:
     torch.manual_seed(0)
     rewards = Rewards()
     for _ in range(60):
-        (critic.loss_sum(decoder, batch, rewards) / (60 * 50)).backward()
+        (critic.loss_sum(decoder, batch, rewards) / (60 * 2)).backward()  # the image has 2 captions
     found = torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None])
     assert float((found - exact).norm() / exact.norm()) < 0.15
     assert rewards.number == 3000
@@ -190,6 +192,52 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, monkeypatch, stops: lis
                 run(task, journal, keeper)
     assert_same(task.state_dict(), wanted.state_dict())
     assert logged == wanted_log
+
+
+def test_a_step_without_finite_logits_is_skipped(tmp_path, monkeypatch) -> None:
+    """As with cross entropy, and not an error of the draw; a run of them ends with the advice."""
+    task, journal = build(tmp_path, num_epochs=4, max_skipped_steps=2, **SELF_CRITICAL)
+    broken = [6, 10]
+    steps = iter(range(10**6))
+
+    def train_step(shares: Any, step: int, stop: bool, plain: Any = task.train_step) -> Any:
+        if next(steps) in broken:
+            shares = [replace(s, batch=replace(s.batch, features=s.batch.features * torch.nan)) for s in shares]
+        return plain(shares, step, stop)
+
+    monkeypatch.setattr(task, "train_step", train_step)
+    loop = run(task, journal)
+    assert loop.position.step == 12 and loop.position.num_skipped == 2
+    assert all(p.isfinite().all() for p in task.decoder.parameters())
+    task, journal = build(tmp_path / "2", num_epochs=4, max_skipped_steps=2, **SELF_CRITICAL)
+    broken[:] = range(6, 12)
+    steps = iter(range(10**6))
+    monkeypatch.setattr(task, "train_step", partial(train_step, plain=task.train_step))
+    with pytest.raises(CapstanError, match="Lower the learning rate"):
+        run(task, journal)
+
+
+def test_early_stopping_waits_for_the_self_critical_epochs(tmp_path, monkeypatch) -> None:
+    changes: dict[str, Any] = {"num_epochs": 8, "early_stopping": {"patience": 2, "min_delta": 9.0}}
+    task, journal = build(tmp_path, **SELF_CRITICAL, **changes)
+    run(task, journal)
+    assert len(task.history) == 5  # of epochs 3, 4 and 5 two in a row gained less than 9
+    assert ["policy_loss" in record for record in task.history] == [False, False, True, True, True]
+
+
+def test_the_weight_does_not_depend_on_the_number_of_samples() -> None:
+    decoder, features = decoder_of("gru"), torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1))
+    captions = [[[4, 5], [5, 5]], [[6, 4]], [[5]]]
+    batch, sizes = collate(features, captions, Vocabulary), []
+    for num_samples in (4, 400):
+        critic, found = critic_of(captions, num_samples, 2), []
+        for seed in range(200 if num_samples == 4 else 4):
+            torch.manual_seed(seed)
+            decoder.zero_grad()
+            critic.loss_sum(decoder, batch, Rewards()).backward()
+            found.append(torch.cat([p.grad.flatten() for p in decoder.parameters()]))
+        sizes.append(torch.stack(found).mean(0))
+    assert float((sizes[0] - sizes[1]).norm() / sizes[1].norm()) < 0.25
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,13 @@ from captioning.evaluation import GreedyCider, foresee
 from captioning.interruption import Interrupted
 from captioning.loop import Journal, Loop
 from captioning.optimization import seed_step
-from captioning.train_params import TrainParams
+from captioning.train_params import PlainTrainParams
 from captioning.vocabulary import Vocabulary
 
 WORDS = "red blue green circle square".split()
 
 
-def settings(**changes) -> TrainParams:
+def settings(**changes) -> PlainTrainParams:
     values = dict(
         num_processes=1, encoder_mode="cached", augmentation=None, gradient_checkpointing=False, compile=False,
         num_epochs=25, batch_size=4, accumulate_steps=1,
@@ -36,7 +36,7 @@ def settings(**changes) -> TrainParams:
         scheduled_sampling=None, self_critical=None, clip_norm=5.0, clip_value=None, ema_decay=None, select_by="CIDEr",
         early_stopping=None, log_every_steps=10, max_skipped_steps=2, precision="fp32", seed=1, deterministic=True,
     )  # fmt: skip
-    return TrainParams(**(values | changes))
+    return PlainTrainParams(**(values | changes))
 
 
 def build(folder, world=ALONE, log=lambda *entry: None, dropout=0.1, **changes):

@@ -23,10 +23,14 @@ def draw_training(folder: Path, captioners: Sequence[str], curves: Mapping[str, 
         captioners: all of them in the order of params, which fixes their colours.
     """
     drawn = []
-    figures = {"loss": _draw_loss, "learning-rate": _draw_learning_rate, "validation-cider": _draw_cider}
-    needs = {"loss": "train/loss", "learning-rate": "train/learning_rate", "validation-cider": "val/CIDEr"}
-    for name, draw in figures.items():
-        if any(curves[captioner].get(needs[name]) for captioner in captioners):
+    figures = {
+        "loss": (("train/loss", "val/loss"), _draw_loss),
+        "learning-rate": (("train/learning_rate",), _draw_learning_rate),
+        "validation-cider": (("val/CIDEr",), _draw_cider),
+        "reward": (("train/reward",), _draw_reward),
+    }
+    for name, (drawable, draw) in figures.items():
+        if any(curves[captioner].get(metric) for captioner in captioners for metric in drawable):
             draw_both(folder, name, lambda axes, theme, draw=draw: draw(axes, theme, captioners, curves), SIZE)  # type: ignore[misc]
             drawn.append(name)
     return drawn
@@ -56,6 +60,12 @@ def _draw_learning_rate(axes: Axes, theme: str, captioners: Sequence[str], curve
 def _draw_cider(axes: Axes, theme: str, captioners: Sequence[str], curves: Mapping[str, Curves]) -> None:
     _draw_lines(axes, theme, captioners, curves, "val/CIDEr", 100.0, marked=True)
     axes.set(title="Validation CIDEr-D, greedy", xlabel="optimizer step", ylabel="CIDEr-D × 100", ylim=(0, None))
+    legend_below(axes, 3)
+
+
+def _draw_reward(axes: Axes, theme: str, captioners: Sequence[str], curves: Mapping[str, Curves]) -> None:
+    _draw_lines(axes, theme, captioners, curves, "train/reward", 100.0)
+    axes.set(title="CIDEr-D of draws, self-critical", xlabel="optimizer step", ylabel="CIDEr-D × 100")
     legend_below(axes, 3)
 
 

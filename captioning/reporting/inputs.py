@@ -16,7 +16,7 @@ from captioning.errors import CapstanError
 Curve = list[tuple[float, float]]
 """(step, value) in the order they were logged."""
 
-CURVES = ("train/loss", "train/learning_rate", "val/loss", "val/CIDEr")
+CURVES = ("train/loss", "train/reward", "train/learning_rate", "val/loss", "val/CIDEr")
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ def load_curves(captioner: str) -> dict[str, Curve]:
     """DVCLive's history of a captioner: metric → curve.
 
     Raises:
-        CapstanError: the training loss is missing, or a file is not what DVCLive writes.
+        CapstanError: what training minimised or raised is missing, or a file is not what DVCLive writes.
     """
     root = paths.training(captioner) / "plots" / "metrics"
     curves = {name: _read_curve(root / f"{name}.tsv") for name in CURVES if (root / f"{name}.tsv").is_file()}
-    if not curves.get("train/loss"):
+    if not curves.get("train/loss") and not curves.get("train/reward"):
         raise CapstanError(f"{root / 'train/loss.tsv'} is missing or empty. Run `dvc repro train@{captioner}`.")
     return curves
 

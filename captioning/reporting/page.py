@@ -57,26 +57,22 @@ class TrainingSummary:
 
     captioner: str
     num_steps: int
-    train_loss: float
+    train_loss: float | None
+    """Where it was logged last: before self-critical epochs. `val_loss` is that of the same epoch."""
     val_loss: float | None
     best_cider: float | None
     best_step: int | None
 
 
 def summarize_training(captioner: str, curves: Mapping[str, Curve]) -> TrainingSummary:
-    """The ends of the loss curves and the best validation CIDEr-D; `curves` has at least `train/loss`."""
-    val_loss, ciders = curves.get("val/loss"), curves.get("val/CIDEr")
+    """The ends of the loss curves and the best validation CIDEr-D."""
+    ciders, losses, val_losses = (curves.get(name, ()) for name in ("val/CIDEr", "train/loss", "val/loss"))
     step, best = max(ciders, key=lambda point: point[1]) if ciders else (None, None)
-    last_step, train_loss = curves["train/loss"][-1]
-    num_steps = int(max([last_step, *(point[0] for point in val_loss or ())]))
-    return TrainingSummary(
-        captioner,
-        num_steps,
-        train_loss,
-        val_loss[-1][1] if val_loss else None,
-        best,
-        None if step is None else int(step),
-    )
+    last_step, train_loss = losses[-1] if losses else (0, None)
+    # Of the epoch in which the training loss was logged last: its own validation is the first after that.
+    val_loss = next((loss for at, loss in val_losses if at >= last_step), val_losses[-1][1] if val_losses else None)
+    num_steps = int(max(point[0] for points in curves.values() for point in points))
+    return TrainingSummary(captioner, num_steps, train_loss, val_loss, best, None if step is None else int(step))
 
 
 @dataclass(frozen=True)
