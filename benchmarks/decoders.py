@@ -85,7 +85,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         found[way]["kept_mb"] = allocated(training.kept)[0]
         training.decoder.zero_grad(set_to_none=True)
         found[way]["peak_mb"] = allocated(training.step)[1]
-    found["is_compiled"] = trainings["compiled"].compilation.active
+    found["is_compiled"] = trainings["compiled"].compilation.used
     decoder = trainings["plain"].decoder
     found["weights_mb"] = sum(p.numel() * p.element_size() for p in decoder.parameters()) / 1e6
     return found | {"search_captions_per_s": _measure_search(decoder.eval())}
