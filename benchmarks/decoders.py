@@ -11,7 +11,6 @@ A training step is forward pass, loss and backward pass, without the optimizer's
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from ruamel.yaml import YAML
 from torch import Tensor
 
-from benchmarks.measure import in_turn, machine
+from benchmarks.measure import in_turn, keep_row, read_rows
 from benchmarks.pages import ROOT, replace_table
 from benchmarks.recomputing import allocated
 from benchmarks.workload import ENCODER_DIM, VOCABULARY_SIZE, synthetic_batch
@@ -130,17 +129,15 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="beginnings of decoders' names; none: all")
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    results = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     every = recipe_decoders()
     keep_memory()
     for name, settings in every.items() if not args.table else ():
         if args.names and not name.startswith(tuple(args.names)):
             continue
-        row = {"date": datetime.date.today().isoformat(), "machine": machine(), **measure(settings)}
-        results[name] = row
+        row = measure(settings)
+        keep_row(RESULTS, name, row, every)
         print(name, json.dumps({key: row[key] for key in (*WAYS, "search_captions_per_s")}), flush=True)
-        RESULTS.write_text(json.dumps({"results": {k: results[k] for k in every if k in results}}, indent=1) + "\n")
-    rows = {name: results[name] for name in every if name in results}
+    rows = read_rows(RESULTS)
     replace_table("docs/decoders.md", COSTS, build_costs(rows))
     replace_table("docs/training.md", COMPILED, build_compiled(rows))
 

@@ -11,8 +11,6 @@ Writes benchmarks/encoders.json, after each encoder.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import in_turn, machine
+from benchmarks.measure import in_turn, keep_row, read_rows
 from benchmarks.pages import replace_table
 from captioning.encoders import ENCODERS, Encoder, build_encoder, fuse_encoder
 from captioning.encoders.lite import IMAGE_PX
@@ -103,18 +101,17 @@ def build_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _measure_all(names: list[str], results: dict[str, Any], seconds: float, hub: bool) -> None:
-    started, about = time.monotonic(), {"date": datetime.date.today().isoformat(), "machine": machine()}
+def _measure_all(names: list[str], seconds: float, hub: bool) -> None:
+    started = time.monotonic()
     for name in names:
         if time.monotonic() - started > seconds:
             print(f"stopped before {name}: {seconds:g} s are over; --missing goes on")
             return
         weights = "package" if name in IMAGE_PX else "hub" if hub else "random"
-        results[name] = {**measure_encoder(name, weights), **about}
-        speed = results[name]["images_per_s"]
+        row = measure_encoder(name, weights)
+        keep_row(RESULTS, name, row, ENCODERS)
+        speed = row["images_per_s"]
         print(f"{name:20}", *(f"{work} {found:7.2f}" for work, found in speed.items()), "images/s", flush=True)
-        ordered = {known: results[known] for known in ENCODERS if known in results}
-        RESULTS.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -127,12 +124,12 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in ENCODERS]:
         parser.error(f"unknown: {' '.join(unknown)}. Choices: {' '.join(ENCODERS)}")
-    results = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
+    known = read_rows(RESULTS)
     if not args.table:
         keep_memory()
-        wanted = [n for n in args.names or ENCODERS if not (args.missing and n in results)]
-        _measure_all(wanted, results, args.seconds, args.hub)
-    replace_table("docs/encoders.md", BEGIN, build_table({name: results[name] for name in ENCODERS if name in results}))
+        wanted = [n for n in args.names or ENCODERS if not (args.missing and n in known)]
+        _measure_all(wanted, args.seconds, args.hub)
+    replace_table("docs/encoders.md", BEGIN, build_table(read_rows(RESULTS)))
 
 
 if __name__ == "__main__":

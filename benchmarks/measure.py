@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,19 @@ def in_turn(works: dict[str, Callable[[], object]], repeats: int, warm: bool = F
 def ratio(times: dict[str, dict[str, float]], slower: str, faster: str) -> float:
     """How many times longer `slower` takes than `faster`, by medians."""
     return times[slower]["median_s"] / times[faster]["median_s"]
+
+
+def read_rows(file: Path) -> dict[str, Any]:
+    """What was measured before, by name."""
+    rows: dict[str, Any] = json.loads(file.read_text())["results"] if file.exists() else {}
+    return rows
+
+
+def keep_row(file: Path, name: str, found: dict[str, Any], order: Iterable[str]) -> None:
+    """Writes a row with its date and machine beside those that are there, which stay as they are: after each one, so
+    that a benchmark that is stopped keeps what it has."""
+    rows = read_rows(file) | {name: {**found, "date": datetime.date.today().isoformat(), "machine": machine()}}
+    file.write_text(json.dumps({"results": {known: rows[known] for known in order if known in rows}}, indent=1) + "\n")
 
 
 def machine() -> dict[str, Any]:

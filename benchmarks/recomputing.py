@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime
 import json
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measure import in_turn, machine
+from benchmarks.measure import in_turn, keep_row, read_rows
 from benchmarks.pages import replace_table
 from benchmarks.workload import ENCODER_DIM, VOCABULARY_SIZE, synthetic_batch
 from captioning.decoders import DecoderConfig, build_decoder
@@ -174,19 +173,14 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child[0], args.child[1] == "1")))
         return
-    results = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else {}
     every = [*DECODERS, ENCODER]
     for name in every if not args.table else ():
         if args.names and not name.startswith(tuple(args.names)):
             continue
-        row = {"date": datetime.date.today().isoformat(), "machine": machine(), **measure(name)}
-        results[name] = row
+        row = measure(name)
+        keep_row(RESULTS, name, row, every)
         print(name, json.dumps({k: row[k] for k in ("plain", "checkpointed", "difference_of_gradients")}), flush=True)
-        ordered = {known: results[known] for known in every if known in results}
-        RESULTS.write_text(json.dumps({"results": ordered}, indent=1) + "\n")
-    replace_table(
-        "docs/training.md", BEGIN, build_table({known: results[known] for known in every if known in results})
-    )
+    replace_table("docs/training.md", BEGIN, build_table(read_rows(RESULTS)))
 
 
 if __name__ == "__main__":
