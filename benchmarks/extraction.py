@@ -1,4 +1,4 @@
-"""P3 and P4: what feature extraction adds to the bare network, and what cached features save: O(6 min).
+"""P3 and P4: what feature extraction adds to the bare network, and what cached features save: O(10 min).
 
 python -m benchmarks.extraction
 """
@@ -40,6 +40,8 @@ from captioning.shards import ShardWriter
 NUM_SHARDS, NUM_IMAGES, NUM_COPIES = 3, 6000, 5
 """P3 extracts as many images as Flickr8k trains with, for loading and the last file's way to the disk count once. A
 fifth of them are different."""
+NUM_IMAGES_LARGE = NUM_IMAGES // NUM_COPIES
+"""For a network that is eight times as slow."""
 NUM_BARE, NUM_EAGER = 384, 192  # the bare network needs fewer, as it has no beginning and no end
 IMAGES, CAPTIONS = 16, 5  # of a training step
 EXTRACTION, BARE, BARE_BY_CORE = "extraction", "bare network", "bare network, a batch on each core"
@@ -91,8 +93,9 @@ def project_folder() -> Iterator[Path]:
 class Extraction:
     """Extraction with one encoder in one number format, and the network alone; each says how many images it takes."""
 
-    def __init__(self, encoder: Encoder, shards: list[Path], out: Path, precision: str) -> None:
-        self.encoder, self.shards, self.out, self.precision = encoder, shards, out, precision
+    def __init__(self, encoder: Encoder, shards: list[Path], num_images: int, out: Path, precision: str) -> None:
+        self.encoder, self.shards, self.num_images, self.out = encoder, shards, num_images, out
+        self.precision = precision
         self.dtype = DTYPES[precision]
         batches = islice(read_batches(shards, CPU_BATCH_SIZE), 12)
         self.pixels = [decode(batch, encoder.transform) for _, batch in batches]
@@ -100,7 +103,7 @@ class Extraction:
 
     def works(self) -> dict[str, tuple[Callable[[], object], int]]:
         return {
-            f"{self.precision}: {EXTRACTION}": (self.extract, NUM_IMAGES),
+            f"{self.precision}: {EXTRACTION}": (self.extract, self.num_images),
             f"{self.precision}: {BARE}": (self.bare, NUM_BARE),
             f"{self.precision}: {BARE_BY_CORE}": (self.bare_by_core, NUM_BARE),
             f"{self.precision}: {EAGER}": (self.eager, NUM_EAGER),
@@ -156,24 +159,34 @@ class Extraction:
 
 
 def measure_extraction() -> Row:
-    """P3: extraction beside the bare network on pixels in memory; efficientnet_lite0, JPEGs of 341×256 pixels."""
+    """P3: extraction beside the bare network on pixels in memory, the default encoder's."""
+    return _beside_bare("efficientnet_lite0", "package", NUM_IMAGES)
+
+
+def measure_large_extraction() -> Row:
+    """The same for an encoder of the field's usual size; its weights are random, which changes no time."""
+    return _beside_bare("resnet50", "random", NUM_IMAGES_LARGE)
+
+
+def _beside_bare(name: str, weights: str, num_images: int) -> Row:
     assert can_fuse() and not torch.cuda.is_available(), "written for a CPU with oneDNN"
     keep_memory()
-    encoder = build_encoder("efficientnet_lite0", "package")
+    encoder = build_encoder(name, weights)
     with project_folder() as folder:
-        shards = copy_shards(write_shards(folder, NUM_IMAGES // NUM_COPIES), NUM_COPIES)
-        runs = [Extraction(encoder, shards, folder, precision) for precision in ("fp32", "bf16")]
-        works: dict[str, tuple[Callable[[], object], int]] = {DECODING: (lambda: _decode(shards, encoder), NUM_IMAGES)}
+        shards = copy_shards(write_shards(folder, num_images // NUM_COPIES), NUM_COPIES)
+        runs = [Extraction(encoder, shards, num_images, folder, precision) for precision in ("fp32", "bf16")]
+        works: dict[str, tuple[Callable[[], object], int]] = {DECODING: (lambda: _decode(shards, encoder), num_images)}
         for run in runs:
             works |= run.works()
         times = in_turn({name: work for name, (work, _) in works.items()}, repeats=3)
-    rates = {name: num_images / times[name]["median_s"] for name, (_, num_images) in works.items()}
+    rates = {name: images / times[name]["median_s"] for name, (_, images) in works.items()}
     ratios: dict[str, float] = {}
     check = {f"{name}, images/s": rate for name, rate in rates.items()}
     for run in runs:
         ratios |= run.ratios(rates)
         check |= run.differences()
-    return {"work": f"P3 {NUM_IMAGES} JPEGs of 341×256 to HDF5", "times": times, "ratios": ratios, "check": check}
+    work = f"P3 {encoder.name}, {num_images} JPEGs of 341×256 to HDF5"
+    return {"work": work, "times": times, "ratios": ratios, "check": check}
 
 
 def _decode(shards: list[Path], encoder: Encoder) -> None:
@@ -265,5 +278,6 @@ def measure_cached_epoch() -> Row:
 if __name__ == "__main__":
     started = time.perf_counter()
     show(measure_extraction())
+    show(measure_large_extraction())
     show(measure_cached_epoch())
     print(f"{time.perf_counter() - started:.0f} s")

@@ -87,7 +87,8 @@ def beam_search(
     last = torch.full_like(beams.image, Vocabulary.bos_id)[:, None]
     for length in range(1, max_length + 1):
         step = decoder.step(beams.memory, beams.state, last)
-        log_probs = _mask(step.logits.float().log_softmax(-1), beams.tokens, no_repeat_trigram, length <= min_length)
+        logits = step.logits.to(torch.promote_types(step.logits.dtype, torch.float32))
+        log_probs = _mask(logits.log_softmax(-1), beams.tokens, no_repeat_trigram, length <= min_length)
         beams.state = step.state
         _extend(beams, log_probs, step.attention_weights.float(), num_beams, length**length_penalty, results)
         finished = _finished(beams, num_beams, length, max_length, length_penalty)
@@ -122,7 +123,7 @@ def _mask(log_probs: Tensor, tokens: Tensor, no_repeat_trigram: bool, must_go_on
     if no_repeat_trigram and tokens.shape[2] >= 3:
         pairs = tokens.unfold(2, 2, 1)[:, :, :-1]  # (images, beams, steps - 2, 2): all but the last pair
         repeated = (pairs == tokens[:, :, None, -2:]).all(-1)
-        banned = torch.zeros_like(log_probs).scatter_add_(2, tokens[:, :, 2:], repeated.float())
+        banned = torch.zeros_like(log_probs).scatter_add_(2, tokens[:, :, 2:], repeated.to(log_probs.dtype))
         log_probs = log_probs.masked_fill(banned > 0, NEVER)
     if must_go_on:
         words_left = (log_probs[..., len(SPECIAL) :] > NEVER).any(-1)  # else nothing could be said at all

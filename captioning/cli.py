@@ -130,13 +130,14 @@ def check() -> None:
     from captioning.decoders import check_decoder
     from captioning.encoders import build_encoder, check_encoder
     from captioning.errors import CapstanError
-    from captioning.params import load_params
+    from captioning.params import parse_params, read_params
     from captioning.run_logs import check_installed
 
+    tree = read_params()
     try:
-        params = load_params()
+        params = parse_params(tree)
     except CapstanError:
-        for encoder in _listed_encoders():  # of an unknown one, its nearest says more than that it lacks settings
+        for encoder in _listed_encoders(tree):  # of an unknown one, its nearest says more than that it lacks settings
             check_encoder(encoder)
         raise
     check_installed(params.logging)
@@ -149,15 +150,8 @@ def check() -> None:
         check_decoder(params.decoder_settings[decoder].type)
 
 
-def _listed_encoders() -> list[str]:
+def _listed_encoders(tree: object) -> list[str]:
     """What `encoders` lists in a params.yaml that need not be right otherwise."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    try:
-        tree = YAML(typ="safe", pure=True).load(paths.PARAMS)
-    except (OSError, YAMLError):
-        return []
     names = tree.get("encoders") if isinstance(tree, dict) else None
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 

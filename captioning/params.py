@@ -1,4 +1,5 @@
-"""params.yaml as types. `load_params()` is the only reader of that file and is called only in a stage's `main()`.
+"""params.yaml as types. `read_params()` is the only reader of that file, and `load_params()` is called only in a
+stage's `main()`.
 
 No field has a default: params.yaml is complete, so DVC sees every value that a result depends on.
 """
@@ -265,21 +266,29 @@ class Params(Section):
         return [*pairs, "blip"]
 
 
-def load_params(path: Path = paths.PARAMS) -> Params:
-    """Reads and checks params.yaml.
+def read_params(path: Path = paths.PARAMS) -> Any:
+    """params.yaml as plain values, unchecked.
 
     YAML 1.2 (ruamel) reads `5e-05`, which `dvc exp run -S` writes, as a number; PyYAML gives a string.
 
     Raises:
-        CapstanError: no file, not YAML, an unknown or missing key, a wrong type; lists each with its path.
+        CapstanError: no file, or not YAML.
     """
     if not path.exists():
         raise CapstanError(f"{path} is missing: run in the repository's root, or restore it with `git checkout {path}`")
     try:
-        tree = YAML(typ="safe", pure=True).load(path)
+        return YAML(typ="safe", pure=True).load(path)
     except YAMLError as error:
         raise CapstanError(f"{path} is not valid YAML: {error}") from error
-    return parse_params(tree, str(path))
+
+
+def load_params(path: Path = paths.PARAMS) -> Params:
+    """Reads and checks params.yaml.
+
+    Raises:
+        CapstanError: as `read_params`, or an unknown or missing key, a wrong type; lists each with its path.
+    """
+    return parse_params(read_params(path), str(path))
 
 
 def parse_params(tree: Any, origin: str = "params.yaml") -> Params:

@@ -139,12 +139,12 @@ class DecoderTask:
         """This rank's gradients of a step, its batches taken in `parts` of their images: a pure function of the weights
         and these, however often it was begun before. Returns this rank's part of the loss."""
         seed_step(self.settings.seed, step, self.world.rank)
-        self.tally = Tally() if (step + 1) % self.settings.log_every_steps == 0 else None
-        if self.rewards is not None:
-            self.tally, self.rewards = None, Rewards()
+        is_critical, is_logged = self.rewards is not None, (step + 1) % self.settings.log_every_steps == 0
+        self.rewards = Rewards() if is_critical else None
+        self.tally = Tally() if is_logged and not is_critical else None
         num_tokens = sum(share.num_tokens for share in shares)
-        cut = (piece for share in shares for piece in pieces(share, parts))
-        return self.stepper.backward(self._loss(replace(piece, num_tokens=num_tokens)) for piece in cut)
+        cut = (replace(piece, num_tokens=num_tokens) for share in shares for piece in pieces(share, parts))
+        return self.stepper.backward(loss for piece in cut for loss in self._losses(piece))
 
     def _agree(self, work: str, before: int) -> None:
         """All ranks go on with as many images at once as the one with the least memory."""
@@ -192,19 +192,21 @@ class DecoderTask:
             found["augmentation_strength"] = strength
         self.journal(step, {f"train/{name}": value for name, value in found.items()})
 
-    def _loss(self, share: Share) -> Tensor | None:
-        """This rank's part of a batch's loss: `share.num_tokens` are the whole step's."""
+    def _losses(self, share: Share) -> Iterator[Tensor]:
+        """This rank's parts of a batch's loss, none where it has no images: `share.num_tokens` are the whole step's.
+        One after the other, so that the graphs of two are not in memory at once."""
         if share.batch is None:
-            return None
-        batch = share.batch.to(self.device)
-        with autocast(self.device, self.dtype):
-            if self.critic is None or self.rewards is None:
-                total = self._cross_entropy(batch)
-            else:
+            return
+        batch, weight = share.batch.to(self.device), 1.0
+        if self.critic is not None and self.rewards is not None:
+            with autocast(self.device, self.dtype):
                 total = self.critic.loss_sum(self.decoder, batch, self.rewards)
-                if weight := self.critic.settings.cross_entropy_weight:
-                    total = total + weight * self._cross_entropy(batch)
-        return total / share.num_tokens
+            yield total / share.num_tokens
+            weight = self.critic.settings.cross_entropy_weight
+        if weight:
+            with autocast(self.device, self.dtype):
+                total = weight * self._cross_entropy(batch)
+            yield total / share.num_tokens
 
     def _cross_entropy(self, batch: Batch) -> Tensor:
         """With the terms beside it, summed over the batch's tokens."""
@@ -218,7 +220,7 @@ class DecoderTask:
         self.tally, self.own_words, self.rewards = None, 0.0, None
         order = epoch_order(len(self.train.captions), self.settings.seed, 0)
         share = next(self.train.epoch(order, world=self.world))
-        return self._loss(pieces(share, [slice(0, self.fittings["train"].num_images)])[0])
+        return next(self._losses(pieces(share, [slice(0, self.fittings["train"].num_images)])[0]), None)
 
     def evaluate(self) -> tuple[Tally, float]:
         """Validation under teacher forcing, and CIDEr-D."""

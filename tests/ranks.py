@@ -1,6 +1,6 @@
 """What tests/test_distributed.py runs under torchrun: trains the small task of tests/test_training.py.
 
-    torchrun … tests/ranks.py <folder> [kill <rank> <step>]
+    torchrun … tests/ranks.py <folder> [keep | kill <rank> <step>] [critical]
 
 The main process writes <folder>/losses.json and <folder>/weights.safetensors.
 """
@@ -36,16 +36,23 @@ def kill_at(task, rank: int, step: int, marker: Path) -> None:
     task.train_step = train_step
 
 
-def main(folder: Path, *fault: str) -> None:
+CRITICAL = {"start_epoch": 3, "num_samples": 3, "rate_factor": 0.5, "cross_entropy_weight": 0.5}
+
+
+def main(folder: Path, *words: str) -> None:
+    fault = [word for word in words if word != "critical"]
+    changes = {"dropout": 0.3 if fault else 0.0, "num_epochs": 4, "log_every_steps": 1}
+    changes |= {"self_critical": CRITICAL} if "critical" in words else {}
     losses: dict[int, float] = {}
     with join_world() as world:
         own = folder / f"rank{world.rank}"
         own.mkdir(parents=True, exist_ok=True)
 
         def log(step: int, metrics: dict[str, float]) -> None:
-            losses.update({step: metrics["train/loss"]} if "train/loss" in metrics else {})
+            logged = [metrics[name] for name in ("train/loss", "train/reward") if name in metrics]
+            losses.update(zip([step], logged, strict=False))
 
-        task, journal = build(own, world, log, dropout=0.3 if fault else 0.0, num_epochs=4, log_every_steps=1)
+        task, journal = build(own, world, log, **changes)
         if fault[1:]:
             kill_at(task, int(fault[1]), int(fault[2]), folder / "killed")
         keeper = None

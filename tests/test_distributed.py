@@ -50,23 +50,25 @@ def test_losses_do_not_depend_on_the_number_of_processes(alone: Any, tmp_path: P
         assert mine == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two processes with dropout, never stopped."""
+@pytest.fixture(scope="module", params=[[], ["critical"]], ids=["cross entropy", "then self-critical"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two processes with dropout, never stopped; and the words that make their task."""
     folder = tmp_path_factory.mktemp("whole")
-    torchrun("--standalone", "--nproc-per-node=2", SCRIPT, folder, "keep")
-    return folder
+    torchrun("--standalone", "--nproc-per-node=2", SCRIPT, folder, "keep", *request.param)
+    return folder, request.param
 
 
 @pytest.mark.parametrize(("rank", "step"), [(0, 5), (1, 7)])
 def test_a_rank_that_dies_brings_the_run_down_and_it_ends_with_the_same_bits(
-    whole: Path, tmp_path: Path, rank: int, step: int
+    whole: tuple[Path, list[str]], tmp_path: Path, rank: int, step: int
 ) -> None:
     """A kill in the middle of an epoch; torchrun starts both processes again."""
-    output = torchrun("--standalone", "--nproc-per-node=2", SCRIPT, tmp_path, "kill", rank, step)
+    folder, words = whole
+    output = torchrun("--standalone", "--nproc-per-node=2", SCRIPT, tmp_path, "kill", rank, step, *words)
     assert (tmp_path / "killed").exists() and "resumed from step" in output
     for name in ("losses.json", "weights.safetensors"):
-        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert len(read(tmp_path)["losses"]) == 12
 
 
 def test_two_hosts_meet_by_torchruns_own_rendezvous(alone: Any, tmp_path: Path) -> None:

@@ -24,21 +24,21 @@ WORKS = ("train", "loss", "search")
 
 def limit_training(task, most: int, steps: range | None = None, error=gpu_error) -> list[int]:
     """Lets no more than `most` images at once pass the loss (in these steps). Returns what passed, as it grows."""
-    real, step, passed = task._loss, task.train_step, []
+    real, step, passed = task._losses, task.train_step, []
     now = [0]
 
     def train_step(shares, number, stop):
         now[0] = number
         return step(shares, number, stop)
 
-    def loss(share):
+    def losses(share):
         torch.rand(3)  # a failed try has drawn something
         if len(share.batch.features) > most and (steps is None or now[0] in steps):
             raise error()
         passed.append(len(share.batch.features))
         return real(share)
 
-    task.train_step, task._loss = train_step, loss
+    task.train_step, task._losses = train_step, losses
     return passed
 
 
@@ -164,6 +164,47 @@ def test_memory_that_is_short_at_the_first_step_after_a_resume(tmp_path, monkeyp
     assert 1 <= len(passed) and max(passed) <= 3
     losses = [record["train_loss"] for record in task.history]
     assert losses == pytest.approx([record["train_loss"] for record in wanted.history], rel=1e-4)
+
+
+CRITICAL = {"start_epoch": 2, "num_samples": 3, "rate_factor": 0.5, "cross_entropy_weight": 0.5}
+
+
+def test_a_self_critical_step_in_halves_keeps_nothing_of_its_first_try(tmp_path) -> None:
+    """Neither captions drawn in vain nor their rewards: the bits of a run that knew from the start of that step."""
+    options = dict(dropout=0.3, num_epochs=3, log_every_steps=1, self_critical=CRITICAL)
+    wanted, wanted_journal = build(tmp_path, **options)
+    limit_training(wanted, 99)
+    step = wanted.train_step
+
+    def train_step(shares, number, stop):
+        if number == 4:
+            wanted.fittings["train"].num_images = 2
+        return step(shares, number, stop)
+
+    wanted.train_step = train_step
+    run(wanted, wanted_journal)
+    task, journal = build(tmp_path, **options)
+    real, failed = task.critic.loss_sum, []
+
+    def loss_sum(decoder, batch, rewards):
+        found = real(decoder, batch, rewards)  # draws and counts rewards
+        if len(batch.features) > 3:
+            failed.append(rewards.number)
+            raise gpu_error()
+        return found
+
+    limit_training(task, 99)
+    now = task.train_step
+
+    def from_step_4(shares, number, stop):
+        task.critic.loss_sum = loss_sum if number >= 4 else real
+        return now(shares, number, stop)
+
+    task.train_step = from_step_4
+    run(task, journal)
+    assert failed == [12]
+    assert_same(task.state_dict(), wanted.state_dict())
+    assert journal.lines == wanted_journal.lines
 
 
 def test_an_image_that_does_not_fit_alone_ends_the_run(tmp_path) -> None:

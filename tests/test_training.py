@@ -179,14 +179,16 @@ def test_a_signal_in_the_very_last_moment_is_not_forgotten(tmp_path, monkeypatch
 
 def poison(task, steps: set[int], monkeypatch) -> None:
     """Makes the loss of these steps not finite."""
-    real, now = task._loss, [0]
+    real, now = task._losses, [0]
 
     def train_step(share, step, stop, inner=task.train_step):
         now[0] = step
         return inner(share, step, stop)
 
     monkeypatch.setattr(task, "train_step", train_step)
-    monkeypatch.setattr(task, "_loss", lambda share: real(share) * (math.nan if now[0] in steps else 1.0))
+    monkeypatch.setattr(
+        task, "_losses", lambda share: (x * (math.nan if now[0] in steps else 1.0) for x in real(share))
+    )
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, monkeypatch, capsys) -> None:

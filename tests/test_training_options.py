@@ -206,10 +206,10 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path) -> None:
 
 def test_a_step_that_is_not_finite_leaves_the_average_alone(tmp_path, monkeypatch) -> None:
     task, journal = build(tmp_path, num_epochs=1, ema_decay=0.9)
-    real, states = task._loss, []
+    real, states = task._losses, []
 
     def train_step(shares, step, stop, inner=task.train_step):
-        monkeypatch.setattr(task, "_loss", lambda share: real(share) * (math.nan if step == 1 else 1.0))
+        monkeypatch.setattr(task, "_losses", lambda share: (x * (math.nan if step == 1 else 1.0) for x in real(share)))
         outcome = inner(shares, step, stop)
         states.append([p.clone() for p in task.average.model.parameters()])
         return outcome

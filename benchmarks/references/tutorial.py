@@ -79,7 +79,7 @@ def _search_one(decoder: AttendFirst, features: Tensor, num_beams: int, max_leng
                 ended.append((score / length, [*running[parent][1:], word]))
         kept = kept[:num_beams]
         running = [sequence for sequence, _, _ in kept]
-        totals = torch.tensor([[score] for _, _, score in kept])
+        totals = log_probs.new_tensor([[score] for _, _, score in kept])
         parents = [parent for _, parent, _ in kept]
         hidden, cell = hidden[parents], cell[parents]
         if len(ended) >= num_beams:
