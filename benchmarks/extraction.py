@@ -41,7 +41,7 @@ NUM_SHARDS, NUM_IMAGES, NUM_COPIES = 3, 6000, 5
 """P3 extracts as many images as Flickr8k trains with, for loading and the last file's way to the disk count once. A
 fifth of them are different."""
 NUM_IMAGES_LARGE = NUM_IMAGES // NUM_COPIES
-"""For a network that is eight times as slow."""
+"""For a network that is six times as slow."""
 NUM_BARE, NUM_EAGER = 384, 192  # the bare network needs fewer, as it has no beginning and no end
 IMAGES, CAPTIONS = 16, 5  # of a training step
 EXTRACTION, BARE, BARE_BY_CORE = "extraction", "bare network", "bare network, a batch on each core"

@@ -70,14 +70,14 @@ def apply_recipe(recipe: Path, params: Path) -> None:
     """Merges a recipe into params.yaml, comments kept; nothing is written unless the result is valid.
 
     Raises:
-        CapstanError: the recipe does not exist, or holds keys that params.yaml does not know.
+        CapstanError: the recipe does not exist, is not YAML, or holds keys that params.yaml does not know.
     """
     import io
 
     from ruamel.yaml import YAML
 
     from captioning.errors import CapstanError
-    from captioning.params import parse_params
+    from captioning.params import parse_params, read_params
     from captioning.storage import atomic_write
 
     if not recipe.is_file():
@@ -90,7 +90,7 @@ def apply_recipe(recipe: Path, params: Path) -> None:
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
     tree = yaml.load(params)
-    merge(tree, YAML(typ="safe", pure=True).load(recipe))
+    merge(tree, read_params(recipe))
     buffer = io.StringIO()
     yaml.dump(tree, buffer)
     parse_params(YAML(typ="safe", pure=True).load(buffer.getvalue()), f"{params} with {recipe}")

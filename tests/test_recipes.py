@@ -52,3 +52,12 @@ def test_a_recipe_with_an_unknown_key_writes_nothing(params: Path, tmp_path: Pat
     with pytest.raises(CapstanError, match="did you mean num_epochs"):
         apply_recipe(recipe, params)
     assert params.read_text() == before and YAML(typ="safe").load(before)
+
+
+def test_a_recipe_that_is_not_yaml_is_named(params: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {num_epochs: 3")
+    before = params.read_text()
+    with pytest.raises(CapstanError, match=r"recipe\.yaml is not valid YAML"):
+        apply_recipe(recipe, params)
+    assert params.read_text() == before
