@@ -1,4 +1,4 @@
-"""BLIP as a captioner: pretrained weights from a hub or a local folder, and captions for images in batches.
+"""BLIP as a captioner: pretrained weights from a folder, and captions for images in batches.
 
 Li, Li, Xiong, Hoi: "BLIP: Bootstrapping Language-Image Pre-training" (ICML 2022). The small one that is trained here is
 built by `captioning.blip_training`.
@@ -16,7 +16,7 @@ import torch
 
 from captioning import monitoring, storage
 from captioning.annotations import Annotation, ImageRecord
-from captioning.errors import CapstanError
+from captioning.errors import CapstanError, brief
 from captioning.images import decode_image
 from captioning.precision import autocast, choose_device, choose_precision
 from captioning.progress import Progress
@@ -25,12 +25,6 @@ from captioning.shards import iterate_shard, verify_shards
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-TRAIN = "train"
-"""The value of blip.weights that asks for the small BLIP trained here."""
-
-HUB_FILES = ["*.json", "*.txt", "model*.safetensors"]
-"""What is taken from a hub repository: no code, no pickles, no other frameworks' weights."""
 
 Decoded = Iterator[tuple[Annotation | ImageRecord, "NDArray[np.uint8]"]]
 """Images with their pixels, (height, width, 3) RGB uint8 each."""
@@ -67,18 +61,17 @@ def iterate_images(shards: Path, images: Sequence[Annotation | ImageRecord]) -> 
             raise CapstanError(f"{path} lacks {len(wanted)} images ({min(wanted)}, …): run `dvc repro prepare`")
 
 
-def load_pretrained(weights: str, prompt: str) -> BlipCaptioner:
-    """A BLIP with its processor, from a local folder or by its name on the Hugging Face hub (or in its local cache).
+def load_pretrained(folder: Path, prompt: str) -> BlipCaptioner:
+    """A BLIP with its processor, from a folder as `save_pretrained` writes it.
 
     Only safetensors are read, no code of the repository is run, and every weight must be there.
 
     Raises:
-        CapstanError: the weights cannot be had, are damaged, are not BLIP's, or do not fill the model.
+        CapstanError: the weights are not there, are damaged, are not BLIP's, or do not fill the model.
     """
     from safetensors import SafetensorError
     from transformers import BlipForConditionalGeneration, BlipProcessor
 
-    folder = find_weights(weights)
     safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         processor = BlipProcessor.from_pretrained(folder, **safe)
@@ -87,12 +80,12 @@ def load_pretrained(weights: str, prompt: str) -> BlipCaptioner:
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CapstanError(
-            f"blip.weights: {folder} holds no usable BLIP ({_brief(error)}). It needs config.json, model.safetensors, "
+            f"blip.weights: {folder} holds no usable BLIP ({brief(error)}). It needs config.json, model.safetensors, "
             "preprocessor_config.json and the tokenizer's files, as `save_pretrained` writes them."
         ) from error
     model, report = loaded
     if missing := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise CapstanError(f"blip.weights: {weights} does not fill BLIP ({len(missing)} weights, such as {missing[0]})")
+        raise CapstanError(f"blip.weights: {folder} does not fill BLIP ({len(missing)} weights, such as {missing[0]})")
 
     def preprocess(images: list[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
         text = [prompt] * len(images) if prompt else None
@@ -103,36 +96,6 @@ def load_pretrained(weights: str, prompt: str) -> BlipCaptioner:
         return " ".join(processor.decode(token_ids, skip_special_tokens=True).split())
 
     return BlipCaptioner(model.eval(), preprocess, decode)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that `load_pretrained` may read."""
-    return sorted(path for pattern in HUB_FILES for path in folder.glob(pattern))
-
-
-def find_weights(weights: str) -> Path:
-    """The local folder of that name, else the hub repository's files, downloaded unless they are in its cache.
-
-    Raises:
-        CapstanError: no such folder, and not to be had from the hub.
-    """
-    if Path(weights).is_dir():
-        return Path(weights)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(weights, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise CapstanError(
-            f"blip.weights: {weights} is neither a local folder nor to be had from the Hugging Face hub "
-            f"({_brief(error)}). Where there is a network, fetch it into the hub's cache with `hf download {weights}` "
-            "(HF_HOME says where that is), or copy the repository's files into a folder and name that folder in "
-            f"blip.weights; `{TRAIN}` trains a small BLIP here instead."
-        ) from error
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def caption_images(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from captioning.decoders import Decoder
 from captioning.distributed import World
-from captioning.errors import CapstanError
+from captioning.errors import CapstanError, brief
 
 BACKEND = "inductor"
 
@@ -116,7 +116,7 @@ class Compilation:
                     return "a process has no part of the first batch"
                 loss.backward()
         except Exception as error:  # whatever a compiler can raise: it is not needed
-            return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            return brief(error)
         finally:
             self._warming = False
         return None

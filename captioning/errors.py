@@ -19,3 +19,8 @@ def unknown_name(kind: str, name: str, choices: object) -> CapstanError:
     near = get_close_matches(name, names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return CapstanError(f"unknown {kind} {name!r}.{hint} Choices: {', '.join(names)}")
+
+
+def brief(error: BaseException) -> str:
+    """An exception's type and the beginning of its message, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

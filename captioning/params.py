@@ -1,5 +1,5 @@
-"""params.yaml as types. `read_params()` is the only reader of that file, and `load_params()` is called only in a
-stage's `main()`.
+"""params.yaml as types. Values come from it by `read_params()` alone, and `load_params()` is called only in a stage's
+`main()`. (`cli.apply_recipe` rewrites the file, comments kept.)
 
 No field has a default: params.yaml is complete, so DVC sees every value that a result depends on.
 """
@@ -129,7 +129,8 @@ class SmallBlip(Section):
 
 class BlipParams(Section):
     weights: str
-    """`train` (built small and trained on the train split), a hub name, or a local folder."""
+    """`train` (built small and trained on the train split), a local folder, or a hub's `<owner>/<name>`; with
+    `@<revision>` at that commit, tag or branch."""
     small: SmallBlip
     prompt: str
     batch_size: Positive

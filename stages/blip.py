@@ -96,7 +96,8 @@ def blip(
         CapstanError: no test images, shards that do not fit them, or weights that cannot be had.
         Interrupted: on SIGTERM or SIGINT; what is finished is kept.
     """
-    from captioning.blip import TRAIN, caption_images, find_weights, load_pretrained, weight_files
+    from captioning.blip import caption_images, load_pretrained
+    from captioning.blip_weights import TRAIN, find_weights, weight_files
     from captioning.precision import describe_arithmetic
 
     images_file = prepared / paths.IMAGES.name
@@ -117,7 +118,7 @@ def blip(
                 train_captioner, work, name=name, shards=shards, prompt=prompt, recovery=recovery, **training
             )
         else:
-            build = partial(load_pretrained, str(folder), prompt)
+            build = partial(load_pretrained, folder, prompt)
         captions = caption_images(
             build,
             shards,

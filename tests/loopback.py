@@ -30,6 +30,8 @@ class Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             pass
 
+    do_HEAD = do_GET  # `body` leaves out the body
+
     def log_message(self, *_: object) -> None: ...
 
 
@@ -74,7 +76,8 @@ def body(data: bytes, kind: str = "image/jpeg", **headers: str) -> Answer:
         for name, value in headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()
-        handler.wfile.write(data)
+        if handler.command != "HEAD":
+            handler.wfile.write(data)
 
     return answer
 

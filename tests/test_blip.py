@@ -467,7 +467,7 @@ def test_a_local_folder_that_is_no_whole_blip_is_an_error(folder: Path, tmp_path
     shutil.copytree(folder, copy)
     damage(copy, how)
     with pytest.raises(CapstanError, match="blip.weights"):
-        load_pretrained(str(copy), "")
+        load_pretrained(copy, "")
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -475,8 +475,8 @@ def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(tmp_path:
         closed.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         # Without the pauses between the hub's retries.
         program = (
-            "import time; time.sleep = lambda seconds: None; from captioning.blip import load_pretrained; "
-            "load_pretrained('some/blip-base', '')"
+            "import time; time.sleep = lambda seconds: None; from captioning.blip_weights import find_weights; "
+            "find_weights('some/blip-base')"
         )
         environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}"}
         environment |= {"HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(Path(__file__).parents[1])}
