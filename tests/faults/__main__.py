@@ -33,6 +33,7 @@ from faults.runner import CaseRun, Missed, Reference, Result
 from faults.survey import (
     CHECKPOINT_STEPS,
     SETTINGS,
+    VARIANT_SETTINGS,
     VARIANTS,
     WEB,
     Survey,
@@ -135,7 +136,7 @@ def title(case: Case) -> str:
 
 def _make_templates(folder: Path, same_port: bool) -> None:
     """Makes what is not there yet; `<template>.done` holds the digest of what it was made by."""
-    settings = json.dumps([TINY, SETTINGS, CHECKPOINT_STEPS, VARIANTS]).encode()
+    settings = json.dumps([TINY, SETTINGS, CHECKPOINT_STEPS, VARIANTS, VARIANT_SETTINGS]).encode()
     made_by = f"{hashlib.sha256(settings).hexdigest()[:12]} {_digest(['tests/faults/web.py', 'tests/faults/inject'])}"
     for name in VARIANTS:
         done = folder / f"{template_of(folder, name).name}.done"

@@ -17,7 +17,8 @@ Fault = dict[str, Any]
 
 SHARES = {
     "train": 24, "download": 12, "features": 11, "blip": 11, "generate": 9, "score": 6, "prepare": 5, "report": 4,
-    "train*2": 5, "features*2": 3, "generate*2": 2, "train*live": 5, "generate*live": 2, "download*web": 3, WHOLE: 5,
+    "train*2": 5, "features*2": 3, "generate*2": 2, "train*live": 5, "generate*live": 2, "train*options": 6,
+    "train*compiled": 2, "download*web": 3, WHOLE: 5,
 }  # fmt: skip
 KILLS = {signal.SIGKILL: 8, signal.SIGTERM: 1, signal.SIGINT: 1}
 TARGETS = {"stage": 4, "dvc": 3, "group": 3, "worker": 2, "writer": 2, "java": 1, "rank0": 3, "rank1": 3}

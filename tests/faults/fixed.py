@@ -14,6 +14,8 @@ STRUCK = {
     "generate*2": ("rank1",),
     "train*live": ("stage", "writer", "group", "dvc"),
     "generate*live": ("stage",),
+    "train*options": ("stage", "writer", "group", "dvc"),
+    "train*compiled": ("stage", "group"),
     "download*web": ("worker", "stage", "group"),
 }
 """Who is killed when half of a variant's work is done."""
@@ -34,6 +36,9 @@ def fixed_cases(surveys: dict[str, Survey]) -> list[Case]:
         for target in targets if stage in surveys else ():
             name, fault = kill_from_outside(_middle(surveys[stage]), target, signal.SIGKILL, 0)
             cases.append(Case(stage, name, ((fault,),)))
+    if "train*options" in surveys:  # among its self-critical epochs, which are the last
+        name, fault = kill_from_outside(_middle(surveys["train*options"], 0.9), "group", signal.SIGKILL, 0)
+        cases.append(Case("train*options", name, ((fault,),)))
     for stage in [stage for stage in ("train", "score") if WHOLE_TOO <= set(surveys)]:
         name, fault = _whole_group(surveys[stage])
         cases.append(Case(WHOLE, f"in {stage}: {name}", ((fault,),)))
@@ -58,11 +63,11 @@ def _publishing(survey: Survey) -> list[Case]:
     return cases
 
 
-def _middle(survey: Survey) -> Event:
-    """When about half of the work is done."""
+def _middle(survey: Survey, share: float = 0.5) -> Event:
+    """When about that share of the work is done."""
     events = own_events(survey)
     marks = work_marks(survey) or list(range(len(events)))
-    return events[marks[len(marks) // 2]]
+    return events[marks[int(len(marks) * share)]]
 
 
 def _whole_group(survey: Survey) -> tuple[str, dict]:

@@ -2,7 +2,8 @@
 
 Cases are copies of a template without one stage's results (or without all), so no case waits for another's stages.
 A stage is named as in DVC, or with the variant of the template: `train*2` is train in two processes, `train*live`
-one that fine-tunes the encoder, `download*web` a download from `faults.web`'s unreliable server.
+one that fine-tunes the encoder, `train*options` one with all that a checkpoint can hold, `train*compiled` one through
+torch.compile, `download*web` a download from `faults.web`'s unreliable server.
 """
 
 from __future__ import annotations
@@ -45,19 +46,43 @@ SETTINGS: dict[str, Any] = {
 }
 """Over `clone.TINY`: many small pieces of work, so that there is something to resume."""
 CHECKPOINT_STEPS = 2
-TWO, WEB, LIVE = "2", "web", "live"
+TWO, WEB, LIVE, OPTIONS, COMPILED = "2", "web", "live", "options", "compiled"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "": tuple(TARGETS),
     TWO: ("features*2", "train*2", "generate*2"),
     WEB: ("download*web",),
     LIVE: ("train*live", "generate*live"),
+    OPTIONS: ("train*options",),
+    COMPILED: ("train*compiled",),
 }
 """Stages of each template."""
-LIVE_SETTINGS: dict[str, Any] = {
-    "train": {"encoder_mode": "live", "num_epochs": 3},
-    "encoder_settings": {"efficientnet_lite0": {"trainable": 2, "unfreeze_every_epochs": 1}},
+VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
+    WEB: web.SETTINGS,
+    LIVE: {
+        "train": {"encoder_mode": "live", "num_epochs": 3},
+        "encoder_settings": {"efficientnet_lite0": {"trainable": 2, "unfreeze_every_epochs": 1}},
+    },
+    OPTIONS: {
+        "train": {
+            "accumulate_steps": 2,
+            "num_epochs": 6,
+            "ema_decay": 0.9,
+            "scheduler": {
+                "name": "plateau",
+                "factor": 0.5,
+                "patience": 0,
+                "min_delta": 0.0,
+                "warmup_steps": 2,
+                "min_factor": 0.0,
+            },
+            "scheduled_sampling": {"start_epoch": 2, "every_epochs": 1, "increase": 0.1, "maximum": 0.3},
+            "self_critical": {"start_epoch": 5, "num_samples": 3, "rate_factor": 0.5, "cross_entropy_weight": 0.2},
+            "gradient_checkpointing": True,
+        },
+    },
+    COMPILED: {"train": {"compile": True}},
 }
-"""Augmented images; the encoder thaws in the second epoch and the third."""
+"""Over `SETTINGS`. `live`: augmented images; the encoder thaws in the second epoch and the third."""
 UNITS = {
     "download": r"/parts/.*\.parquet\.tmp$",
     "features": r"\.h5(\.\d+)?\.tmp$",  # ranks but the first add their process's number
@@ -164,11 +189,10 @@ def make_variant(folder: Path, name: str) -> None:
     clone = Clone(template_of(folder, "")).copy(path)
     if name == WEB:
         (path / web.TABLE).write_text(web.table())
-        clone.set(web.SETTINGS)
-    elif name == LIVE:
-        clone.set(LIVE_SETTINGS)
+    if name == TWO:
+        clone.set({base(stage): {"num_processes": 2} for stage in VARIANTS[name]})
     else:
-        clone.set({base(stage): {"num_processes": int(name)} for stage in VARIANTS[name]})
+        clone.set(VARIANT_SETTINGS[name])
     _run_stages(clone, folder, {stage: TARGETS[base(stage)] for stage in VARIANTS[name]})
     _finish(clone)
 
