@@ -23,7 +23,7 @@ MIN_EPOCHS, MAX_EPOCHS = 10, 30
 
 REFERENCE_BATCH = 32
 """Images a step, for which the rates below hold."""
-ADAM_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (5e-4, 256)}
+ADAM_RATES = {"lstm": (1e-3, 384), "gru": (1e-3, 384), "transformer": (1e-3, 256)}
 """Learning rate, and the `hidden_dim` it was found for."""
 SGD_RATE = 1.0
 """Of recurrent decoders, without momentum. (im2txt, the code of Vinyals et al. 2016, begins at 2.0.)"""
