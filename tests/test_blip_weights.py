@@ -64,7 +64,7 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def find(hub: Server, home: Path, weights: str, code: int = 0) -> tuple[dict[str, bytes], str]:
+def find(hub: Server, home: Path, weights: str, code: int = 0, offline: bool = False) -> tuple[dict[str, bytes], str]:
     """The files that `find_weights` gives, in a process of its own (the client reads its settings at import), and what
     it printed."""
     program = (
@@ -78,6 +78,7 @@ def find(hub: Server, home: Path, weights: str, code: int = 0) -> tuple[dict[str
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
+    environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, "-W", "ignore", "-c", program, weights]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home.parent)
     assert answer.returncode == code, answer.stderr
@@ -116,6 +117,15 @@ def test_a_file_damaged_in_the_cache_is_set_aside_and_fetched_again(hub: Server,
     files, printed = find(hub, home, f"{REPOSITORY}@{OLD}")
     assert files == FILES
     assert f"{blob} was damaged" in printed and blob.with_name(f"{blob.name}.corrupt").exists()
+
+
+def test_what_is_damaged_in_the_cache_is_not_used_without_a_hub(hub: Server, home: Path) -> None:
+    find(hub, home, f"{REPOSITORY}@{OLD}")
+    (blob,) = home.rglob(etag("model.safetensors", FILES["model.safetensors"]))
+    blob.write_bytes(bytes(len(FILES["model.safetensors"])))
+    for _ in range(2):
+        _, error = find(hub, home, f"{REPOSITORY}@{OLD}", code=1, offline=True)
+        assert f"CapstanError: blip.weights: {REPOSITORY}@{OLD} is neither" in error
 
 
 def test_a_hub_that_gives_other_bytes_than_their_digest_is_not_believed(hub: Server, home: Path) -> None:
