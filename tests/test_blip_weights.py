@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loopback import Handler, Server, body, serve
+from loopback import Server, body, serve, status
 
 FILES = {
     "config.json": b'{"model_type": "blip"}',
@@ -33,15 +34,7 @@ def add_commit(server: Server, commit: str, *names: str, files: dict[str, bytes]
     """A commit of the repository, under its own name and these."""
     files = files | REFUSED
     about = {"id": REPOSITORY, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
-    tree = [
-        {"type": "file", "path": name, "size": len(data), "oid": etag("", data)}
-        | (
-            {"lfs": {"oid": etag(name, data), "size": len(data), "pointerSize": 130}}
-            if len(etag(name, data)) == 64
-            else {}
-        )
-        for name, data in files.items()
-    ]
+    tree = [{"type": "file", "path": name, "size": len(data), "oid": etag("", data)} for name, data in files.items()]
     api = f"/api/models/{REPOSITORY}"
     for name in (commit, *names):
         server.add(f"{api}/revision/{name}", body(json.dumps(about).encode(), "application/json"))
@@ -64,15 +57,20 @@ def home(tmp_path: Path) -> Path:
     return tmp_path / "home"
 
 
-def find(hub: Server, home: Path, weights: str, code: int = 0, offline: bool = False) -> tuple[dict[str, bytes], str]:
+def find(
+    hub: Server | None, home: Path, weights: str, code: int = 0, offline: bool = False
+) -> tuple[dict[str, bytes], str]:
     """The files that `find_weights` gives, in a process of its own (the client reads its settings at import), and what
-    it printed."""
+    it printed. `hub` None: a port that refuses connections."""
     program = (
         "import sys, time; time.sleep = lambda seconds: None; from captioning.blip_weights import find_weights; "
         "print(find_weights(sys.argv[1]))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.url(""), "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    closed = socket.socket()
+    closed.bind(("127.0.0.1", 0))  # bound, not listening
+    endpoint = hub.url("") if hub else f"http://127.0.0.1:{closed.getsockname()[1]}"
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     environment |= {
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "HF_HUB_DISABLE_XET": "1",
@@ -81,6 +79,7 @@ def find(hub: Server, home: Path, weights: str, code: int = 0, offline: bool = F
     environment |= {"HF_HUB_OFFLINE": "1"} if offline else {}
     command = [sys.executable, "-W", "ignore", "-c", program, weights]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home.parent)
+    closed.close()
     assert answer.returncode == code, answer.stderr
     if code:
         return {}, answer.stderr
@@ -137,12 +136,13 @@ def test_a_hub_that_gives_other_bytes_than_their_digest_is_not_believed(hub: Ser
 
 
 def test_a_revision_that_is_not_there_is_an_error_that_names_it(hub: Server, home: Path) -> None:
-    def missing(handler: Handler) -> None:
-        handler.send_response(404)
-        handler.send_header("X-Error-Code", "RevisionNotFound")
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    hub.add(f"/api/models/{REPOSITORY}/revision/v9", missing)
+    hub.add(f"/api/models/{REPOSITORY}/revision/v9", status(404, X_Error_Code="RevisionNotFound"))
     _, error = find(hub, home, f"{REPOSITORY}@v9", code=1)
     assert "blip.weights: some/blip-base@v9 is neither" in error and f"hf download {REPOSITORY} --revision v9" in error
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_says_what_to_do(home: Path) -> None:
+    _, error = find(None, home, REPOSITORY, code=1)
+    last = error.strip().splitlines()[-1]
+    assert last.startswith(f"captioning.errors.CapstanError: blip.weights: {REPOSITORY} is neither a local folder")
+    assert f"hf download {REPOSITORY}`" in last and "HF_HOME" in last and "`train` trains a small BLIP" in last

@@ -54,6 +54,13 @@ def test_a_recipe_with_an_unknown_key_writes_nothing(params: Path, tmp_path: Pat
     assert params.read_text() == before and YAML(typ="safe").load(before)
 
 
+@pytest.mark.parametrize("text", [None, "train: {num_epochs: 3"])
+def test_a_params_file_that_is_missing_or_not_yaml_is_named(params: Path, text: str | None) -> None:
+    params.unlink() if text is None else params.write_text(text)
+    with pytest.raises(CapstanError, match=r"params\.yaml is (missing|not valid YAML)"):
+        apply_recipe(ROOT / "recipes" / "flickr8k.yaml", params)
+
+
 def test_a_recipe_that_is_not_yaml_is_named(params: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train: {num_epochs: 3")

@@ -34,10 +34,10 @@ def fixed_cases(surveys: dict[str, Survey]) -> list[Case]:
         cases.append(Case("features", f"{name}; {lock} emptied or cut", ((fault,),), lock=lock))
     for stage, targets in STRUCK.items():
         for target in targets if stage in surveys else ():
-            name, fault = kill_from_outside(_middle(surveys[stage]), target, signal.SIGKILL, 0)
+            name, fault = kill_from_outside(_event_at(surveys[stage]), target, signal.SIGKILL, 0)
             cases.append(Case(stage, name, ((fault,),)))
     if "train*options" in surveys:  # among its self-critical epochs, which are the last
-        name, fault = kill_from_outside(_middle(surveys["train*options"], 0.9), "group", signal.SIGKILL, 0)
+        name, fault = kill_from_outside(_event_at(surveys["train*options"], 0.9), "group", signal.SIGKILL, 0)
         cases.append(Case("train*options", name, ((fault,),)))
     for stage in [stage for stage in ("train", "score") if WHOLE_TOO <= set(surveys)]:
         name, fault = _whole_group(surveys[stage])
@@ -63,19 +63,19 @@ def _publishing(survey: Survey) -> list[Case]:
     return cases
 
 
-def _middle(survey: Survey, share: float = 0.5) -> Event:
-    """When about that share of the work is done."""
+def _event_at(survey: Survey, share: float = 0.5) -> Event:
+    """What is done when about that share of the work is."""
     events = own_events(survey)
     marks = work_marks(survey) or list(range(len(events)))
     return events[marks[int(len(marks) * share)]]
 
 
 def _whole_group(survey: Survey) -> tuple[str, dict]:
-    return kill_from_outside(_middle(survey), "group", signal.SIGKILL, 0)
+    return kill_from_outside(_event_at(survey), "group", signal.SIGKILL, 0)
 
 
 def _with_work(survey: Survey) -> list[Case]:
-    middle, stage = _middle(survey), survey.stage
+    middle, stage = _event_at(survey), survey.stage
     cases = []
     for target, number in (("dvc", signal.SIGKILL), ("group", signal.SIGKILL), ("stage", signal.SIGTERM)):
         name, fault = kill_from_outside(middle, target, number, 0)

@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """Stages of each template."""
 VARIANT_SETTINGS: dict[str, dict[str, Any]] = {
+    TWO: {stage: {"num_processes": 2} for stage in ("features", "train", "generate")},
     WEB: web.SETTINGS,
     LIVE: {
         "train": {"encoder_mode": "live", "num_epochs": 3},
@@ -189,10 +190,7 @@ def make_variant(folder: Path, name: str) -> None:
     clone = Clone(template_of(folder, "")).copy(path)
     if name == WEB:
         (path / web.TABLE).write_text(web.table())
-    if name == TWO:
-        clone.set({base(stage): {"num_processes": 2} for stage in VARIANTS[name]})
-    else:
-        clone.set(VARIANT_SETTINGS[name])
+    clone.set(VARIANT_SETTINGS[name])
     _run_stages(clone, folder, {stage: TARGETS[base(stage)] for stage in VARIANTS[name]})
     _finish(clone)
 
