@@ -65,7 +65,7 @@ def locate(archive: Archive, root: Path | None) -> Path:
     path = root / name
     if not path.is_file():
         return root
-    if archive.sha256 is not None and (found := sha256_file(path)) != archive.sha256.lower():
+    if archive.sha256 is not None and (found := storage.sha256_file(path)) != archive.sha256.lower():
         raise CapstanError(
             f"{path} has sha256 {found}, but params.yaml pins {archive.sha256}. Put the right file there, or correct "
             "the pin if you trust this one."
@@ -81,11 +81,6 @@ def fetch_once(url: str, name: str, sha256: str | None) -> Path:
     """
     with open_work("archives", hashlib.sha256(url.encode()).hexdigest()[:12], about=url) as work:
         return download(url, work.folder / name, sha256)
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, name: str) -> str:

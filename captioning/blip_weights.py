@@ -76,9 +76,7 @@ def _damaged(folder: Path) -> list[Path]:
 
 def _digest(blob: Path) -> str:
     """As the hub names files: sha256 for those in its large file storage, git's name for the others."""
-    with blob.open("rb") as file:
-        if len(blob.name) == hashlib.sha256().digest_size * 2:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        header = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False)
-        header.update(file.read())
-        return header.hexdigest()
+    if len(blob.name) == hashlib.sha256().digest_size * 2:
+        return storage.sha256_file(blob)
+    content = blob.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

@@ -70,7 +70,7 @@ def apply_recipe(recipe: Path, params: Path) -> None:
     """Merges a recipe into params.yaml, comments kept; nothing is written unless the result is valid.
 
     Raises:
-        CapstanError: the recipe does not exist, is not YAML, or holds keys that params.yaml does not know.
+        CapstanError: a file does not exist or is not YAML, or the recipe holds keys that params.yaml does not know.
     """
     import io
 
@@ -89,7 +89,7 @@ def apply_recipe(recipe: Path, params: Path) -> None:
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    tree = yaml.load(params)
+    tree = read_params(params, yaml)
     merge(tree, read_params(recipe))
     buffer = io.StringIO()
     yaml.dump(tree, buffer)

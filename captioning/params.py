@@ -267,8 +267,8 @@ class Params(Section):
         return [*pairs, "blip"]
 
 
-def read_params(path: Path = paths.PARAMS) -> Any:
-    """params.yaml as plain values, unchecked.
+def read_params(path: Path = paths.PARAMS, yaml: YAML | None = None) -> Any:
+    """params.yaml, unchecked: as plain values, or as `yaml` gives it (with its comments, to be written again).
 
     YAML 1.2 (ruamel) reads `5e-05`, which `dvc exp run -S` writes, as a number; PyYAML gives a string.
 
@@ -278,7 +278,7 @@ def read_params(path: Path = paths.PARAMS) -> Any:
     if not path.exists():
         raise CapstanError(f"{path} is missing: run in the repository's root, or restore it with `git checkout {path}`")
     try:
-        return YAML(typ="safe", pure=True).load(path)
+        return (yaml or YAML(typ="safe", pure=True)).load(path)
     except YAMLError as error:
         raise CapstanError(f"{path} is not valid YAML: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -51,19 +50,20 @@ def download(
     """
     note = target.with_name(target.name + ".sha256")
     if target.exists() and note.exists():
-        if _digest(target) == note.read_text("ascii").strip() and (sha256 is None or note_matches(note, sha256)):
+        if _is_as_noted(target, note, sha256):
             return target
         storage.set_aside(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
-    if not _was_checked(part, note, sha256):
+    # A run may have been killed between the check of a whole file and its renaming.
+    if not (part.exists() and note.exists() and _is_as_noted(part, note, sha256)):
         resumed = _size(part) > 0
         _fetch(url, part, max_bytes, by_hand)
-        found = _digest(part)
+        found = storage.sha256_file(part)
         if resumed and sha256 is not None and not _agrees(found, sha256):
             part.unlink()  # a power cut may leave a beginning of other bytes than were written
             _fetch(url, part, max_bytes, by_hand)
-            found = _digest(part)
+            found = storage.sha256_file(part)
         _check_pin(url, part, found, sha256)
         with storage.atomic_write(note) as temporary:
             temporary.write_text(found + "\n", "ascii")
@@ -74,11 +74,10 @@ def download(
     return target
 
 
-def _was_checked(part: Path, note: Path, sha256: str | None) -> bool:
-    """Whether a run was killed between the check of a whole file and its renaming."""
-    if not (part.exists() and note.exists()):
-        return False
-    return _digest(part) == note.read_text("ascii").strip() and (sha256 is None or note_matches(note, sha256))
+def _is_as_noted(file: Path, note: Path, sha256: str | None) -> bool:
+    return storage.sha256_file(file) == note.read_text("ascii").strip() and (
+        sha256 is None or note_matches(note, sha256)
+    )
 
 
 def _fetch(url: str, part: Path, max_bytes: int, by_hand: str) -> None:
@@ -122,11 +121,6 @@ def _plain(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code}"
     return str(getattr(error, "reason", error)) or type(error).__name__
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _size(part: Path) -> int:

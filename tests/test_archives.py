@@ -314,7 +314,7 @@ def test_a_whole_file_is_not_fetched_again_after_a_kill_before_its_renaming(mome
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(*((transfer, "_digest") if moment == "received" else (transfer.storage, "move")), killed)
+        patch.setattr(transfer.storage, "sha256_file" if moment == "received" else "move", killed)
         with pytest.raises(KeyboardInterrupt):
             transfer.download(url, tmp_path / "d" / "a.zip", sha256(DATA))
     target = transfer.download(url, tmp_path / "d" / "a.zip", sha256(DATA))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from captioning import storage
 from captioning.decoder_params import GLOVE_50D
 from captioning.errors import CapstanError
 from captioning.vocabulary import SPECIAL
@@ -57,8 +57,7 @@ def digest_vectors(source: str) -> str:
     """SHA-256 of the file that `start_embedding` reads the vectors from: what a trained model depends on."""
     path = _package_files()[1] if source == GLOVE_50D else Path(source)
     _require(path, source)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return storage.sha256_file(path)
 
 
 def _package_files() -> tuple[Path, Path]:
